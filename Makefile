@@ -1,0 +1,93 @@
+# `make help` lists what there is. Everything runs in .venv, which the first command creates. Nothing here needs a GPU.
+
+VENV ?= .venv
+BIN := $(VENV)/bin/python
+
+# The first Python that runs and is new enough; `make demo PYTHON=/path/to/python` names another.
+PYTHON ?= $(shell for python in python3.12 python3.11 python3 python; do \
+	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$python; break; fi; done)
+
+# A Python asked for by name must be the one that runs.
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(BIN)),)
+version = $(shell "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifneq ($(call version,$(PYTHON)),$(call version,$(BIN)))
+$(error $(VENV) holds Python $(call version,$(BIN)), not $(call version,$(PYTHON)): name another folder with VENV=.venv-other, or delete it)
+endif
+endif
+endif
+
+# What an installation depends on. The extension is compiled by the installation, beside its source.
+SOURCES := pyproject.toml setup.py $(wildcard reference/*.pyx reference/*/*.pyx)
+
+RUN := runs/demo
+WEIGHTS := $(RUN)/weights.safetensors
+PICTURES := predictions
+
+# One thread per process: the processes are the parallelism.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+PYTEST := $(BIN) -m pytest tests -n 2 --dist loadgroup
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test explore lint format clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+demo: $(WEIGHTS)  ## install, train a small DPT on rendered scenes, predict two photographs with it
+	@photographs="$$($(BIN) -c 'import sklearn.datasets, pathlib; print(pathlib.Path(sklearn.datasets.__file__).parent / "images")')" \
+	&& $(BIN) -m accelerated.predict "$$photographs/china.jpg" "$$photographs/flower.jpg" --weights $(WEIGHTS) --output $(PICTURES)
+	@echo
+	@echo "The depth of two photographs is in $(PICTURES)/, how the model learned is in $(RUN)/. To train anew: rm -r $(RUN)"
+
+test: $(VENV)/installed-tests  ## install, then run all tests
+	$(PYTEST)
+
+explore: $(VENV)/installed-tests  ## all tests with many random examples: an hour of looking for what the others miss
+	$(PYTEST) --hypothesis-profile=explore
+
+lint: $(VENV)/installed-dev  ## check style and types
+	$(BIN) -m ruff check .
+	$(BIN) -m ruff format --check .
+	$(BIN) -m mypy
+
+format: $(VENV)/installed-dev  ## rewrite the code in the one style, and fix what can be fixed safely
+	$(BIN) -m ruff format .
+	$(BIN) -m ruff check --fix .
+
+clean:  ## delete what was built and cached; what was trained and rendered stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find reference accelerated kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f reference/nn/*.so reference/nn/*.c reference/nn/*.cpp
+
+$(WEIGHTS): | $(VENV)/installed-demo
+	$(BIN) -m accelerated.train
+
+# Each stamp says that its extras are installed as the sources now ask. A failed installation leaves none. One set of extras holds
+# the next, so the larger leaves the smaller's stamp too.
+$(VENV)/installed-demo: EXTRAS := demo
+$(VENV)/installed-demo: STAMPS := demo
+$(VENV)/installed-tests: EXTRAS := tests
+$(VENV)/installed-tests: STAMPS := demo tests
+$(VENV)/installed-dev: EXTRAS := tests,dev
+$(VENV)/installed-dev: STAMPS := demo tests dev
+
+$(VENV)/installed-%: $(SOURCES)
+	@rm -f $(VENV)/installed-*
+	@$(BIN) -m pip --version >/dev/null 2>&1 || { $(call require_python) && "$(PYTHON)" -m venv --clear $(VENV); }
+	$(BIN) -m pip install --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	@for stamp in $(STAMPS); do echo "$(EXTRAS)" >$(VENV)/installed-$$stamp; done
+
+# One sentence for each thing that a fresh machine may lack.
+define require_python
+$(call require,test -n "$(PYTHON)",no Python 3.11 or newer was found: install one$(comma) or name it with PYTHON=/path/to/python) && \
+$(call require,"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3$(comma) 11))',$(PYTHON) does not run$(comma) or is older than Python 3.11) && \
+$(call require,"$(PYTHON)" -c 'import ensurepip$(comma) venv',$(PYTHON) cannot create virtual environments: install its venv package (Debian and Ubuntu: python3-venv)) && \
+$(call require,"$(PYTHON)" -c 'import pathlib$(comma) sys$(comma) sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include")$(comma) "Python.h").exists())',$(PYTHON) has no header files: install them (Debian and Ubuntu: python3-dev)) && \
+$(call require,command -v cc || command -v gcc || command -v clang,no C compiler was found: install one (Debian and Ubuntu: build-essential))
+endef
+require = { $1 >/dev/null 2>&1 || { echo "make: $2." >&2; exit 1; }; }
+comma := ,

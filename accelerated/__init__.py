@@ -1,0 +1,64 @@
+"""DPT in PyTorch: what one runs. The same concepts and the same parameter keys as `reference`, which says what they mean.
+
+    model = accelerated.create_model("dpt_hybrid", task="segmentation", num_classes=150)
+    model = accelerated.load_checkpoint("dpt_large-midas-2f21e586.pt", model="dpt_large")
+    params = accelerated.to_numpy(model)
+
+Names are imported when first used, so that a process that only renders scenes or reads configurations never loads torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerated.checkpoints import load_checkpoint
+    from accelerated.configs import CONFIGS, configuration
+    from accelerated.dpt import DPT, create_model
+    from accelerated.heads import Segmentation
+    from accelerated.weights import load, save, to_numpy
+
+_HOME = {
+    "CONFIGS": "configs",
+    "configuration": "configs",
+    "DPT": "dpt",
+    "create_model": "dpt",
+    "Segmentation": "heads",
+    "load_checkpoint": "checkpoints",
+    "load": "weights",
+    "save": "weights",
+    "to_numpy": "weights",
+}
+
+__all__ = [
+    "CONFIGS",
+    "DPT",
+    "Segmentation",
+    "configuration",
+    "create_model",
+    "load",
+    "load_checkpoint",
+    "save",
+    "to_numpy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that holds `name` (PEP 562). Raises ImportError where PyTorch or timm is not installed."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "timm"):
+            raise
+        raise ImportError(
+            f"accelerated.{name} needs PyTorch and timm, and {error.name} is not installed: "
+            "install the project with its extra, as in pip install '.[accelerated]'"
+        ) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

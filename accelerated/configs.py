@@ -1,0 +1,216 @@
+"""The configurations of the paper's models, as plain data.
+
+A configuration is one flat dictionary of numbers, strings and lists. It is what a weight file carries in its metadata, so it
+is all that either form of the model (NumPy or PyTorch) needs to know besides the parameters.
+
+Sources: paper section 3 (taps, readout, widths of the three models) and the authors' published inference code (0-based taps,
+widths of the reassemble stages, LayerNorm eps, preprocessing).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+Config = dict[str, Any]
+
+_PREPROCESSING: Config = {
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "network_size": 384,  # pixels; both sides of the image are brought near it
+    "resize_method": "minimal",  # keep the aspect ratio; the side that needs the smaller change of scale reaches network_size
+    "resize_multiple": 32,
+}
+
+_DECODER: Config = {
+    "task": "depth",
+    "readout": "project",  # "ignore", "add" or "project"
+    "fusion_width": 256,
+    "fusion_batch_norm": False,  # the paper: none for depth, batch norm for segmentation
+    "head_widths": [128, 32],
+}
+
+_VIT_BASE: Config = {
+    "embedding": "patch",
+    "patch_size": 16,
+    "image_size": 384,  # side of the square image whose patch grid the stored position embedding covers
+    "embed_dim": 768,
+    "depth": 12,
+    "num_heads": 12,
+    "mlp_dim": 3072,
+    "prefix_tokens": 1,  # the readout token, and the distillation token where there is one
+    "layer_norm_eps": 1e-6,
+}
+
+_RESNET50: Config = {
+    "embedding": "resnet",
+    "resnet_stem_width": 64,
+    "resnet_layers": [3, 4, 9],
+    "resnet_widths": [256, 512, 1024],
+    "resnet_groups": 32,
+    "weight_standardization": "variance",  # or "deviation": what the authors' files were trained with
+}
+
+CONFIGS: dict[str, Config] = {
+    "dpt_base": {
+        "name": "dpt_base",
+        "backbone": "vit_base_patch16_384",
+        **_VIT_BASE,
+        "taps": [2, 5, 8, 11],
+        "reassemble_widths": [96, 192, 384, 768],
+        **_DECODER,
+        **_PREPROCESSING,
+    },
+    "dpt_large": {
+        "name": "dpt_large",
+        "backbone": "vit_large_patch16_384",
+        **_VIT_BASE,
+        "embed_dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "mlp_dim": 4096,
+        "taps": [5, 11, 17, 23],
+        "reassemble_widths": [256, 512, 1024, 1024],
+        **_DECODER,
+        **_PREPROCESSING,
+    },
+    "dpt_hybrid": {
+        "name": "dpt_hybrid",
+        "backbone": "vit_base_r50_s16_384",
+        **_VIT_BASE,
+        **_RESNET50,
+        "taps": ["R0", "R1", 8, 11],
+        "reassemble_widths": [256, 512, 768, 768],
+        **_DECODER,
+        **_PREPROCESSING,
+    },
+    "dpt_deit_base": {
+        "name": "dpt_deit_base",
+        "backbone": "deit_base_patch16_384",
+        **_VIT_BASE,
+        "taps": [2, 5, 8, 11],
+        "reassemble_widths": [96, 192, 384, 768],
+        **_DECODER,
+        **_PREPROCESSING,
+    },
+    "dpt_deit_base_distilled": {
+        "name": "dpt_deit_base_distilled",
+        "backbone": "deit_base_distilled_patch16_384",
+        **_VIT_BASE,
+        "prefix_tokens": 2,
+        "taps": [2, 5, 8, 11],
+        "reassemble_widths": [96, 192, 384, 768],
+        **_DECODER,
+        **_PREPROCESSING,
+    },
+    # A Hybrid in miniature, for demonstrations: trains from scratch on a laptop. Not a model of the paper.
+    "dpt_tiny": {
+        "name": "dpt_tiny",
+        "backbone": "hybrid_tiny",
+        **_VIT_BASE,
+        **_RESNET50,
+        "image_size": 128,
+        "embed_dim": 192,
+        "depth": 6,
+        "num_heads": 3,
+        "mlp_dim": 768,
+        "resnet_stem_width": 32,
+        "resnet_layers": [1, 1, 2],
+        "resnet_widths": [64, 128, 256],
+        "resnet_groups": 8,
+        "taps": ["R0", "R1", 3, 5],
+        "reassemble_widths": [64, 128, 192, 192],
+        **_DECODER,
+        "fusion_width": 64,
+        "head_widths": [32, 32],
+        **_PREPROCESSING,
+        "network_size": 128,
+    },
+}
+
+TASKS = ("depth", "segmentation")
+
+
+def configuration(
+    name: str,
+    task: str = "depth",
+    readout: str | None = None,
+    taps: list[int | str] | None = None,
+    num_classes: int | None = None,
+) -> Config:
+    """Return a fresh copy of `CONFIGS[name]`, changed as asked.
+
+    `task="segmentation"` adds `num_classes` (150 unless given, as ADE20K), batch norm in the fusion blocks, dropout 0.1 before
+    the classifiers and a network size of 480 (paper section 5.2). Raises ValueError for an unknown name or task, and for
+    `num_classes` with a depth model.
+    """
+    if name not in CONFIGS:
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(sorted(CONFIGS))}")
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
+    config = copy.deepcopy(CONFIGS[name])
+    config["task"] = task
+    if task == "segmentation":
+        del config["head_widths"]
+        config["num_classes"] = 150 if num_classes is None else num_classes
+        config["fusion_batch_norm"] = True
+        config["dropout"] = 0.1
+        if config["network_size"] == 384:
+            config["network_size"] = 480
+    elif num_classes is not None:
+        raise ValueError(f"num_classes={num_classes} was given for a depth model: it belongs to task='segmentation'")
+    if readout is not None:
+        config["readout"] = readout
+    if taps is not None:
+        config["taps"] = list(taps)
+    return config
+
+
+def validate(config: Config) -> None:
+    """Raise ValueError, in one sentence, where no DPT can be built from `config`."""
+    _one_of(config, "task", TASKS)
+    _one_of(config, "readout", ("ignore", "add", "project"))
+    _one_of(config, "embedding", ("patch", "resnet"))
+    _one_of(config, "prefix_tokens", (1, 2))
+    if config["embed_dim"] % config["num_heads"]:
+        raise ValueError(f"embed_dim is {config['embed_dim']}: expected a multiple of num_heads, {config['num_heads']}")
+    if config["image_size"] % config["patch_size"]:
+        raise ValueError(f"image_size is {config['image_size']}: expected a multiple of patch_size, {config['patch_size']}")
+    if config["embedding"] == "resnet":
+        _validate_resnet(config)
+    _validate_taps(config)
+
+
+def _one_of(config: Config, key: str, accepted: tuple[Any, ...]) -> None:
+    if config[key] not in accepted:
+        raise ValueError(f"unknown {key} {config[key]!r}: expected one of {', '.join(map(str, accepted))}")
+
+
+def _validate_resnet(config: Config) -> None:
+    _one_of(config, "weight_standardization", ("variance", "deviation"))
+    layers, widths = config["resnet_layers"], config["resnet_widths"]
+    if len(layers) != 3 or len(widths) != 3 or config["patch_size"] != 16:
+        raise ValueError(
+            f"resnet_layers {layers}, resnet_widths {widths} and patch_size {config['patch_size']} do not fit: "
+            "expected three stages, whose strides are 4, 8 and 16, and patch_size 16"
+        )
+    if any(width % 8 for width in [config["resnet_stem_width"], *widths]):
+        raise ValueError(f"resnet_stem_width {config['resnet_stem_width']}, resnet_widths {widths}: expected multiples of 8")
+
+
+def _validate_taps(config: Config) -> None:
+    taps, depth = list(config["taps"]), config["depth"]
+    maps = taps[:2] == ["R0", "R1"]
+    blocks = taps[2:] if maps else taps
+    wanted = f"expected four increasing block indices from 0 to {depth - 1}, the first two of which may be 'R0', 'R1'"
+    if len(taps) != 4 or not all(type(tap) is int and 0 <= tap < depth for tap in blocks) or blocks != sorted(set(blocks)):
+        raise ValueError(f"taps are {taps}: {wanted}")
+    if not maps:
+        return
+    if config["embedding"] != "resnet":
+        raise ValueError(f"taps are {taps}: 'R0' and 'R1' are stages of the resnet embedding, and {config['name']} has none")
+    if config["reassemble_widths"][:2] != config["resnet_widths"][:2]:
+        raise ValueError(
+            f"reassemble_widths are {config['reassemble_widths']}: where 'R0' and 'R1' are tapped the first two are those of "
+            f"the resnet, {config['resnet_widths'][:2]}"
+        )

@@ -1,0 +1,84 @@
+"""The whole model (paper section 3, figure 1): encoder, four reassemble stages, four fusion blocks, a head.
+
+In: image (B, 3, H, W), normalised with the configuration's mean and standard deviation; H and W are any multiples of the patch
+size. Out: inverse depth (B, H, W) up to scale and shift, or `Segmentation`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from accelerated.backbones import Backbone, load_imagenet
+from accelerated.configs import Config, configuration, validate
+from accelerated.fusion import fuse, fusion_blocks
+from accelerated.heads import DepthHead, Segmentation, SegmentationHead, upsample
+from accelerated.reassemble import reassemble_stages
+
+
+def create_model(
+    name: str,
+    task: str = "depth",
+    readout: str | None = None,
+    taps: list[int | str] | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = False,
+) -> DPT:
+    """Return a new DPT in training mode, its decoder random, its encoder random or (`pretrained`) from ImageNet through timm.
+
+    Arguments are those of `configuration`. Raises ValueError for names, readouts, taps or classes that no DPT has,
+    ConnectionError where the ImageNet weights cannot be fetched.
+    """
+    model = DPT(configuration(name, task, readout, taps, num_classes))
+    if pretrained:
+        load_imagenet(model.backbone, model.config)
+    return model
+
+
+class DPT(nn.Module):
+    """A dense prediction transformer, built from its configuration alone, which it carries as `config`.
+
+    `state_dict()` has exactly the keys of the reference's parameters. Raises ValueError for a configuration that makes no DPT.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        validate(config)
+        self.config = copy.deepcopy(config)
+        self.patch_size: int = config["patch_size"]
+        self.backbone = Backbone(config)
+        self.reassemble = reassemble_stages(config)
+        self.fusion = fusion_blocks(config)
+        self.segments: bool = config["task"] == "segmentation"
+        if self.segments:
+            self.head: nn.Module = SegmentationHead(config)
+            self.auxiliary = SegmentationHead(config)
+        else:
+            self.head = DepthHead(config)
+
+    def forward(self, image: Tensor) -> Tensor | Segmentation:
+        """Raise ValueError for an image that is not (B, 3, H, W) with H and W multiples of the patch size."""
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"the image has shape {tuple(image.shape)}: expected (B, 3, H, W)")
+        height, width, patch = image.shape[2], image.shape[3], self.patch_size
+        if height % patch or width % patch or not height or not width:
+            raise ValueError(f"the image is {height} x {width} pixels: expected multiples of the patch size, {patch}")
+        grid = (height // patch, width // patch)
+        features = self.backbone(image)
+        stages = [stage(feature, grid) for stage, feature in zip(self.reassemble, features, strict=True)]
+        fused = fuse(self.fusion, stages)
+        if not self.segments:
+            return self.head(fused[0])
+        if self.training:
+            return Segmentation(self.head(fused[0]), self.auxiliary(fused[1]))
+        return Segmentation(upsample(self.head(fused[0])), None)
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """The encoder's parameters: the paper trains them with the smaller learning rate (section 4)."""
+        return self.backbone.parameters()
+
+    def decoder_parameters(self) -> Iterator[nn.Parameter]:
+        """Every other parameter."""
+        return (parameter for name, parameter in self.named_parameters() if not name.startswith("backbone."))

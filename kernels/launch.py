@@ -1,0 +1,125 @@
+"""What every kernel's Python function does: check its arrays, then launch where they are, on the host or on a GPU.
+
+Nothing is launched before all is checked, because a kernel itself checks nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+import numpy as np
+
+from kernels import compile as nvrtc
+from kernels import host
+from kernels.source import DEVICE_ELEMENTS, HOST_ELEMENTS, cached, fingerprint
+
+Array = Any  # numpy.ndarray, or cupy.ndarray where CuPy is installed
+
+LIMIT = 2**31  # kernels take sizes as int
+
+
+class Source(NamedTuple):
+    """A `.cu` file and the kernel templates in it."""
+
+    file: str
+    templates: tuple[str, ...]
+
+
+def on_device(array: Array) -> bool:
+    """Whether this is a CuPy array. CuPy is not imported to find out: who holds one of its arrays has imported it."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)
+
+
+def check(arrays: Mapping[str, Array]) -> None:
+    """Check that these arrays, named as in the message, can be given to one kernel.
+
+    All are NumPy arrays or all are CuPy arrays of one device, of one dtype (float32, float16, bfloat16; on the host float64
+    too), C-contiguous, aligned, not empty, and of fewer than 2^31 elements. TypeError or ValueError names the one that is not.
+    """
+    first_name, first = next(iter(arrays.items()))
+    for name, array in arrays.items():
+        if not (isinstance(array, np.ndarray) or on_device(array)):
+            raise TypeError(f"{name} is a {type(array).__module__}.{type(array).__name__}, expected a NumPy or a CuPy array")
+        elements = DEVICE_ELEMENTS if on_device(array) else HOST_ELEMENTS
+        if array.dtype.name not in elements or not array.dtype.isnative:
+            raise TypeError(f"{name} has dtype {array.dtype.str} ({array.dtype.name}), expected one of {', '.join(elements)}")
+        if place(array) != place(first):
+            raise ValueError(f"{name} is on {place(array)} and {first_name} on {place(first)}, expected one place")
+        if array.dtype != first.dtype:
+            raise TypeError(f"{name} has dtype {array.dtype.name} and {first_name} {first.dtype.name}, expected the same")
+        if array.size == 0:
+            raise ValueError(f"{name} has shape {array.shape}, which is empty")
+        if array.size >= LIMIT:
+            raise ValueError(f"{name} has shape {array.shape}, {array.size} elements, expected fewer than 2^31")
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name} has strides {array.strides} for shape {array.shape}, expected a C-contiguous array")
+        if address(array) % array.dtype.itemsize:
+            raise ValueError(f"{name} begins at an address that is no multiple of its {array.dtype.itemsize}-byte elements")
+
+
+def check_output(name: str, out: Array, shape: tuple[int, ...], inputs: Mapping[str, Array]) -> None:
+    """Check that `out` can be written by a kernel that reads `inputs`: as `check`, of this shape, writable, sharing no memory.
+
+    TypeError or ValueError names what is wrong.
+    """
+    check({**inputs, name: out})
+    if out.shape != shape:
+        raise ValueError(f"{name} has shape {out.shape}, expected {shape}")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError(f"{name} is read-only, expected an array to write to")
+    for other, array in inputs.items():
+        if address(out) < address(array) + array.nbytes and address(array) < address(out) + out.nbytes:
+            raise ValueError(f"{name} overlaps {other} in memory, expected arrays apart")
+
+
+def place(array: Array) -> str:
+    """Where an array lives, in words."""
+    return f"GPU {array.device.id}" if on_device(array) else "the host"
+
+
+def address(array: Array) -> int:
+    """The address of the first element of a contiguous array."""
+    return array.data.ptr if on_device(array) else array.ctypes.data
+
+
+def empty(shape: tuple[int, ...], like: Array) -> Array:
+    """A new array for a kernel to fill, of the dtype and in the place of `like`. ValueError from 2^31 elements on."""
+    count = functools.reduce(lambda product, size: product * int(size), shape, 1)
+    if count >= LIMIT:
+        raise ValueError(f"the result has shape {shape}, {count} elements, expected fewer than 2^31")
+    if not on_device(like):
+        return np.empty(shape, like.dtype)
+    with like.device:
+        return sys.modules["cupy"].empty(shape, like.dtype)
+
+
+def launch(source: Source, template: str, count: int, arguments: tuple[Any, ...], threads: int = 256) -> None:
+    """Launch a kernel over `count` elements, one thread each, in blocks of `threads`.
+
+    Arguments as the kernel declares them, arrays first; they have passed `check`. On a GPU this is queued on CuPy's current
+    stream of their device; on the host it is done on return. Compiled at the first use.
+    """
+    first = arguments[0]
+    grid, block = (-(-count // threads), 1, 1), (threads, 1, 1)
+    if not on_device(first):
+        host.launcher(*source, template, first.dtype.name)(grid, block, arguments)
+        return
+    with first.device:
+        _device_kernel(source, f"{template}<{DEVICE_ELEMENTS[first.dtype.name]}>", first.device.id)(grid, block, arguments)
+
+
+@functools.cache
+def _device_kernel(source: Source, name: str, device: int) -> Any:
+    """The kernel on this GPU: what `compile_source` returns, unchanged, in a CuPy RawModule."""
+    import cupy
+
+    compiled = nvrtc.compile_source(*source, int(cupy.cuda.Device(device).compute_capability))
+    # RawModule reads machine code from a file. (Given the source, it would compile it with options of its own: subnormal
+    # numbers flushed to zero.)
+    path = cached(f"{fingerprint([compiled.cubin])[:32]}.cubin", lambda path: path.write_bytes(compiled.cubin))
+    return cupy.RawModule(path=str(path)).get_function(compiled.symbols[name])

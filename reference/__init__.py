@@ -1,0 +1,30 @@
+"""DPT in NumPy: every operation a pure function that returns its result and its vector-Jacobian product.
+
+    depth, vjp = reference.apply(params, image, config)      # params: one flat dict of arrays
+    dimage, grads = vjp(ddepth)
+
+Read it in the order of the paper: `embed`, `attention`, `transformer`, `resnet`, `reassemble`, `fusion`, `heads`, `dpt`, `losses`.
+The primitives they are made of lie in `reference.nn`.
+"""
+
+from .configs import CONFIGS, Config, configuration
+from .dpt import Segmentation, apply
+from .implementation import implementation, use
+from .initialize import initialize, parameter_shapes
+from .weights import load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CONFIGS",
+    "Config",
+    "Segmentation",
+    "apply",
+    "configuration",
+    "implementation",
+    "initialize",
+    "load",
+    "parameter_shapes",
+    "save",
+    "use",
+]

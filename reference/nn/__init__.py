@@ -1,0 +1,40 @@
+"""The primitives that the paper's operations are made of, each `y, vjp = op(...)` in float32 and float64.
+
+Every function is pure, keeps the dtype of its input, and refuses others, empty arrays and wrong shapes with an error that names
+the argument. The NumPy forms are the specification; `conv2d`, `conv_transpose2d` and `resize_bilinear` have compiled twins.
+"""
+
+from .batch_norm import BatchNorm, batch_norm
+from .conv2d import conv2d
+from .conv_transpose2d import conv_transpose2d
+from .dropout import dropout
+from .gelu import gelu
+from .group_norm import group_norm
+from .layer_norm import layer_norm
+from .linear import linear
+from .matmul import matmul
+from .pooling import max_pool2d, same_padding
+from .relu import relu
+from .resize import resize_bilinear
+from .softmax import softmax
+from .standardize import standardize_weight_deviation, standardize_weight_variance
+
+__all__ = [
+    "BatchNorm",
+    "batch_norm",
+    "conv2d",
+    "conv_transpose2d",
+    "dropout",
+    "gelu",
+    "group_norm",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "max_pool2d",
+    "relu",
+    "resize_bilinear",
+    "same_padding",
+    "softmax",
+    "standardize_weight_deviation",
+    "standardize_weight_variance",
+]

@@ -1,0 +1,32 @@
+"""Softmax: exp(x_i) / sum_j exp(x_j) along one axis, the weights of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .checks import Array, check_arrays, check_gradient
+
+Vjp = Callable[[Array], Array]
+
+
+def softmax(x: Array, axis: int = -1) -> tuple[Array, Vjp]:
+    """Return the softmax of a float array of any shape along `axis`; vjp(dy) -> dx.
+
+    Raises TypeError for other dtypes, ValueError for an axis that x does not have.
+    """
+    check_arrays("softmax", x=x)
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"softmax: axis is {axis} but x has shape {x.shape}: expected an axis of x")
+    # Subtracting the maximum changes nothing, as it cancels in the quotient, and keeps exp from overflowing.
+    y = np.exp(x - x.max(axis=axis, keepdims=True))
+    y /= y.sum(axis=axis, keepdims=True)
+
+    def vjp(dy: Array) -> Array:
+        check_gradient("softmax", dy, y.shape, y.dtype)
+        dx = dy * y
+        dx -= y * dx.sum(axis=axis, keepdims=True)
+        return dx
+
+    return y, vjp

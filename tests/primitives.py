@@ -1,0 +1,117 @@
+"""What the tests of the primitives share: arrays in awkward layouts, torch as the witness, and bounds on float32 rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from tests.equality import assert_same
+
+Array = np.ndarray
+Operation = Callable[..., tuple[Array, Callable]]
+
+U = 2.0**-24  # float32: one rounding errs by at most this fraction of the result
+
+seeds = st.integers(0, 2**32 - 1)
+implementations = st.sampled_from(["numpy", "cython"])
+layouts = st.sampled_from(["plain", "transposed", "strided", "reversed", "read-only"])
+
+
+def lay_out(array: Array, layout: str) -> Array:
+    """Return the same values in another layout of memory."""
+    if layout == "transposed":
+        return np.ascontiguousarray(array.T).T
+    if layout == "strided":
+        return np.repeat(array, 2, axis=-1)[..., ::2]
+    if layout == "reversed":
+        return np.ascontiguousarray(array[..., ::-1])[..., ::-1]
+    array = array.copy()
+    array.setflags(write=layout != "read-only")
+    return array
+
+
+def normal_arrays(rng: np.random.Generator, *shapes: tuple[int, ...], layout: str = "plain") -> list[Array]:
+    return [lay_out(rng.standard_normal(shape), layout) for shape in shapes]
+
+
+def results(
+    operation: Operation, inputs: Sequence[Array], dy: Array | None, rng: np.random.Generator
+) -> tuple[list[Array], Array]:
+    """Return [y, one gradient per input] and the dy used (drawn where None); the inputs must survive, and vjp must repeat."""
+    before = [array.copy() for array in inputs]
+    y, vjp = operation(*inputs)
+    if dy is None:
+        dy = rng.standard_normal(y.shape).astype(y.dtype)
+    dy_before = dy.copy()
+    gradients = vjp(dy)
+    gradients = list(gradients) if isinstance(gradients, tuple) else [gradients]
+    gradients = [gradient for gradient in gradients if gradient is not None]
+    again = vjp(dy)
+    again = [g for g in (again if isinstance(again, tuple) else (again,)) if g is not None]
+    for array, copy in zip([*inputs, dy, *again], [*before, dy_before, *gradients], strict=True):
+        np.testing.assert_array_equal(array, copy, err_msg="an operation changed its input, or its vjp does not repeat")
+    return [y, *gradients], dy
+
+
+def assert_same_as_torch(
+    operation: Operation,
+    witness: Callable[..., torch.Tensor],
+    inputs: Sequence[Array],
+    rng: np.random.Generator,
+    scales: Sequence[float | None] | None = None,
+) -> None:
+    """Compare y and every gradient with torch's in float64. `scales`: as `assert_same`'s, for y and each gradient."""
+    actual, dy = results(operation, inputs, lay_out(rng.standard_normal(operation(*inputs)[0].shape), "transposed"), rng)
+    tensors = [torch.tensor(np.ascontiguousarray(array), requires_grad=True) for array in inputs]
+    y = witness(*tensors)
+    y.backward(torch.tensor(np.ascontiguousarray(dy)))
+    expected = [y.detach().numpy(), *(tensor.grad.numpy() for tensor in tensors)]
+    assert len(actual) == len(expected)
+    for i, (have, want) in enumerate(zip(actual, expected, strict=True)):
+        assert_same(have, want, scale=scales[i] if scales else None, what="y" if i == 0 else f"gradient {i - 1}")
+
+
+def roundings(terms: int) -> float:
+    """Bound the relative error that `terms` roundings in a row make, as in a sum of `terms` products.
+
+    At worst each errs by U in the same direction; as if independent (Higham and Mary 2019), by 6 U sqrt(terms) at most, but
+    once in millions.
+    """
+    return min(terms, 6 * math.sqrt(terms)) * U
+
+
+def assert_within(actual: Array, expected: Array, bound: Array, what: str = "values") -> None:
+    """Assert that a float32 array differs from the float64 one by no more than `bound`, element by element.
+
+    1.001 pays for second-order terms, the smallest subnormal for results that underflow.
+    """
+    assert actual.dtype == np.float32 and expected.dtype == np.float64, f"{what}: {actual.dtype}, {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    assert np.isfinite(actual).all(), f"{what}: not finite"
+    allowed = 1.001 * np.broadcast_to(bound, expected.shape) + 2.0**-149
+    excess = np.abs(actual - expected) / allowed
+    worst = np.unravel_index(int(excess.argmax()), excess.shape)
+    assert excess[worst] <= 1, (
+        f"{what}: {actual[worst]} at {worst}, expected {expected[worst]}: {excess[worst]:.3g} times the bound"
+    )
+
+
+def assert_multilinear_in_float32(
+    operation: Operation, inputs: Sequence[Array], terms: Sequence[int], rng: np.random.Generator
+) -> None:
+    """Compare a multilinear operation on float32 `inputs` with float64: y and each gradient are sums of products.
+
+    `terms` is how many roundings each of y and the gradients may chain. The bound is that many times the same operation on
+    absolute values.
+    """
+    inputs32 = [array.astype(np.float32) for array in inputs]
+    inputs64 = [array.astype(np.float64) for array in inputs32]
+    actual, dy = results(operation, inputs32, None, rng)
+    expected, _ = results(operation, inputs64, dy.astype(np.float64), rng)
+    sizes, _ = results(operation, [np.abs(array) for array in inputs64], np.abs(dy).astype(np.float64), rng)
+    for i, (have, want, size, n) in enumerate(zip(actual, expected, sizes, terms, strict=True)):
+        assert_within(have, want, roundings(n) * size, "y" if i == 0 else f"gradient {i - 1}")

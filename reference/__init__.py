@@ -3,8 +3,8 @@
     depth, vjp = reference.apply(params, image, config)      # params: one flat dict of arrays
     dimage, grads = vjp(ddepth)
 
-Read it in the order of the paper: `embed`, `attention`, `transformer`, `resnet`, `reassemble`, `fusion`, `heads`, `dpt`, `losses`.
-The primitives they are made of lie in `reference.nn`.
+Read it in the order of the paper: `embed`, `attention`, `transformer`, `resnet`, `reassemble`, `fusion`, `heads`, `dpt`,
+`losses`. The primitives they are made of lie in `reference.nn`.
 """
 
 from .configs import CONFIGS, Config, configuration

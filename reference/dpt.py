@@ -1,6 +1,7 @@
 """The whole dense prediction transformer (paper section 3 and figure 1).
 
-    image (B, 3, H, W), normalised --encode--> four taps --reassemble--> maps at 1/4, 1/8, 1/16, 1/32 --fusion--> (B, D^, H/2, W/2) --head-->
+    image (B, 3, H, W), normalised --encode--> four taps --reassemble--> maps at 1/4, 1/8, 1/16, 1/32
+                                   --fusion--> (B, D^, H/2, W/2) --head-->
         depth:         inverse depth (B, H, W)
         segmentation:  logits (B, K, H, W), or in training logits (B, K, H/2, W/2) and auxiliary (B, K, H/4, W/4)
 
@@ -139,7 +140,7 @@ def decode(
             observe(prefix, y)
     sizes = [(2 * maps[0].shape[2], 2 * maps[0].shape[3])] + [(m.shape[2], m.shape[3]) for m in maps[:3]]
     x, deepest_vjp = deepest_fusion(params, "fusion.3", maps[3], sizes[3], training, statistics)
-    fused, fusion_vjps = [x], []
+    fused, fusion_vjps = [x], list[Callable]()
     for k in (2, 1, 0):
         x, vjp_k = fusion(params, f"fusion.{k}", x, maps[k], sizes[k], training, statistics)
         fused.insert(0, x)
@@ -173,7 +174,7 @@ def apply(
     dropout_masks: Mapping[str, np.ndarray] | None = None,
     observe: Observe | None = None,
 ) -> tuple[Any, Callable]:
-    """Run the model `config` describes on a normalised `image` (B, 3, H, W), float32 or float64 (as the parameters).
+    """Run the model `config` describes on a normalised `image` (B, 3, H, W), float32 or float64 as the parameters.
 
     Depth: inverse depth (B, H, W), up to scale and shift. Segmentation: `Segmentation(logits, auxiliary)`; logits (B, K, H, W) and
     no auxiliary, or with `training` logits (B, K, H/2, W/2), auxiliary (B, K, H/4, W/4).
@@ -189,8 +190,13 @@ def apply(
     taps, encode_vjp = encode(params, image, config, observe)
     grid = image.shape[2] // config["patch_size"], image.shape[3] // config["patch_size"]
     fused, decode_vjp = decode(params, taps, grid, config, training, statistics, observe)
-    head = _depth if config["task"] == "depth" else _segment_training if training else _segment
-    output, head_vjp = head(params, fused, config, statistics, dropout_masks or {})
+    output: Any
+    if config["task"] == "depth":
+        output, head_vjp = _depth(params, fused)
+    elif training:
+        output, head_vjp = _training_segmentation(params, fused, config["dropout"], statistics, dropout_masks or {})
+    else:
+        output, head_vjp = _segmentation(params, fused)
 
     def vjp(doutput: Any) -> tuple[np.ndarray, Grads]:
         dfused, head_grads = head_vjp(doutput)
@@ -203,9 +209,7 @@ def apply(
     return output, vjp
 
 
-def _depth(
-    params: Params, fused: Sequence[np.ndarray], config: Config, statistics: Any, masks: Any
-) -> tuple[np.ndarray, Callable]:
+def _depth(params: Params, fused: Sequence[np.ndarray]) -> tuple[np.ndarray, Callable]:
     depth, head_vjp = depth_head(params, "head", fused[0])
 
     def vjp(ddepth: np.ndarray) -> tuple[list[np.ndarray | None], Grads]:
@@ -215,9 +219,7 @@ def _depth(
     return depth, vjp
 
 
-def _segment(
-    params: Params, fused: Sequence[np.ndarray], config: Config, statistics: Any, masks: Any
-) -> tuple[Segmentation, Callable]:
+def _segmentation(params: Params, fused: Sequence[np.ndarray]) -> tuple[Segmentation, Callable]:
     half, head_vjp = segmentation_head(params, "head", fused[0])
     logits, upsample_vjp = upsample_logits(half)
 
@@ -228,10 +230,9 @@ def _segment(
     return Segmentation(logits, None), vjp
 
 
-def _segment_training(
-    params: Params, fused: Sequence[np.ndarray], config: Config, statistics: Statistics | None, masks: Mapping[str, np.ndarray]
+def _training_segmentation(
+    params: Params, fused: Sequence[np.ndarray], rate: float, statistics: Statistics | None, masks: Mapping[str, np.ndarray]
 ) -> tuple[Segmentation, Callable]:
-    rate = config["dropout"]
     logits, head_vjp = segmentation_head(params, "head", fused[0], True, statistics, masks.get("head"), rate)
     auxiliary, auxiliary_vjp = segmentation_head(params, "auxiliary", fused[1], True, statistics, masks.get("auxiliary"), rate)
 

@@ -1,7 +1,7 @@
 """Fresh parameters for a configuration: which tensors a DPT has, their shapes, and what they hold before training.
 
-The paper takes the encoder from ImageNet weights and draws the decoder at random (section 4); a model that is trained from scratch
-draws all of it. Transformer: normal of deviation 0.02, cut at two deviations, biases zero (ViT). Convolutions and the decoder's
+The paper takes the encoder from ImageNet weights and draws the decoder at random (section 4); a model trained from scratch draws
+all of it. Transformer: normal of deviation 0.02, cut at two deviations, biases zero (ViT). Convolutions and the decoder's
 linear maps: uniform within 1 / sqrt(fan_in), biases too. Norms: weight one, bias zero.
 """
 

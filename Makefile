@@ -89,5 +89,5 @@ $(call require,"$(PYTHON)" -c 'import ensurepip$(comma) venv',$(PYTHON) cannot c
 $(call require,"$(PYTHON)" -c 'import pathlib$(comma) sys$(comma) sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include")$(comma) "Python.h").exists())',$(PYTHON) has no header files: install them (Debian and Ubuntu: python3-dev)) && \
 $(call require,command -v cc || command -v gcc || command -v clang,no C compiler was found: install one (Debian and Ubuntu: build-essential))
 endef
-require = { $1 >/dev/null 2>&1 || { echo "make: $2." >&2; exit 1; }; }
+require = { { $1; } >/dev/null 2>&1 || { echo "make: $2." >&2; exit 1; }; }
 comma := ,

@@ -51,10 +51,11 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"{__name__}.{_HOME[name]}")
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "timm"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("torch", "timm"):
             raise
         raise ImportError(
-            f"accelerated.{name} needs PyTorch and timm, and {error.name} is not installed: "
+            f"accelerated.{name} needs PyTorch and timm, and {missing} is not installed: "
             "install the project with its extra, as in pip install '.[accelerated]'"
         ) from error
     return getattr(module, name)

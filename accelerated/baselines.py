@@ -52,5 +52,5 @@ def _median(values: Tensor, known: Tensor) -> Tensor:
     return torch.stack([_known_only(row, where).nanmedian(0).values for row, where in rows])
 
 
-def _filled(map: Tensor) -> Tensor:
-    return map.nan_to_num(float(map.nanmean()))
+def _filled(values: Tensor) -> Tensor:
+    return values.nan_to_num(float(values.nanmean()))

@@ -47,7 +47,7 @@ class Comparison(NamedTuple):
 def compare(task: Task, recipe: Recipe, prediction: Tensor, held_out: Tensor, training: Tensor) -> Comparison:
     """Score the held-out `prediction` (N, H, W), the same in another order, and every baseline learnt from `training`."""
     model = task.score(prediction, held_out)
-    scores = {name: task.score(map.expand_as(held_out), held_out) for name, map in task.baselines(training).items()}
+    scores = {name: task.score(fixed.expand_as(held_out), held_out) for name, fixed in task.baselines(training).items()}
     permuted = task.score(prediction[derangement(len(prediction), recipe.seed)], held_out)
     promises = []
     bars = ((task.best(scores), scores[task.best(scores)], recipe.baseline_bar), (PERMUTED, permuted, recipe.permuted_bar))
@@ -64,15 +64,3 @@ def derangement(count: int, seed: int) -> Tensor:
     result = torch.empty_like(order)
     result[order] = order.roll(1)
     return result
-
-
-def table(comparison: dict[str, Any]) -> str:
-    """Lay `Comparison.as_dict()` out for reading: every score, its ratio to the model's, and the promises."""
-    metric, model = comparison["metric"], comparison["model"]
-    lines = [f"{'held-out ' + metric:34} {'score':>8} {'model / it':>11}", f"{'the model':34} {model:8.4f}"]
-    lines += [f"{name:34} {score:8.4f} {model / score:11.3f}" for name, score in comparison["others"].items()]
-    sign = "<=" if metric == "AbsRel" else ">="
-    for promise in comparison["promises"]:
-        verdict = "met" if promise["kept"] else "MISSED"
-        lines.append(f"promised: {sign} {promise['bound']:g} of '{promise['against']}': {promise['ratio']:.3f}, {verdict}")
-    return "\n".join(lines)

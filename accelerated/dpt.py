@@ -60,10 +60,10 @@ class DPT(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor | Segmentation:
         """Raise ValueError for an image that is not (B, 3, H, W) with H and W multiples of the patch size."""
-        if image.ndim != 4 or image.shape[1] != 3:
+        if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
             raise ValueError(f"the image has shape {tuple(image.shape)}: expected (B, 3, H, W)")
         height, width, patch = image.shape[2], image.shape[3], self.patch_size
-        if height % patch or width % patch or not height or not width:
+        if height % patch or width % patch:
             raise ValueError(f"the image is {height} x {width} pixels: expected multiples of the patch size, {patch}")
         grid = (height // patch, width // patch)
         features = self.backbone(image)

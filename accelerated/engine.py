@@ -1,0 +1,228 @@
+"""One training run, from a recipe to a folder (paper, sections 4 and 5, in miniature). `train` reads as the recipe does.
+
+Images are kept as (N, H, W, 3) uint8 and become (B, 3, H, W) in channels-last memory when a batch is cut out of them; targets are
+(N, H, W) as in `accelerated.tasks`. All scenes stay in memory, on the device that trains.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from accelerated.augment import cut, jitter_colors, normalize, random_windows
+from accelerated.comparison import compare
+from accelerated.data.scenes import HELD_OUT_SEED, TRAIN_SEED, load_scenes
+from accelerated.device import Device, choose_device
+from accelerated.dpt import DPT
+from accelerated.panels import learning_curve
+from accelerated.progress import TrainingProgress
+from accelerated.recipe import Recipe, RecipeError
+from accelerated.run_folder import Log, RunError, RunFolder
+from accelerated.tasks import TASKS, Task
+
+PANELS = 6  # held-out scenes drawn: the first ones
+REPORTS = 200  # rows of metrics.csv, about
+CHUNK = 32  # images predicted at once
+
+
+class Scenes(NamedTuple):
+    """The scenes of one split, on the device."""
+
+    image: Tensor  # (N, H, W, 3) uint8
+    target: Tensor  # (N, H, W)
+
+
+def train(recipe: Recipe, folder: RunFolder, cache: Path, threads: int) -> dict[str, Any]:
+    """Carry out `recipe` and return its results, which `folder` then holds with everything else.
+
+    Raises RecipeError for a recipe that cannot be carried out, RunError where the loss or its gradient is not finite (the folder
+    keeps the weights of the step before), OSError for files that cannot be written.
+    """
+    device = choose_device(threads)
+    torch.manual_seed(recipe.seed)
+    task = TASKS[recipe.task](recipe)
+    model = build_model(task, recipe).to(device.device, memory_format=torch.channels_last)
+    folder.start(recipe)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{recipe.task}: {recipe.model}, {parameters / 1e6:.1f} M parameters; {device.words}; into {folder.path}", flush=True)
+
+    training, validation, held_out = load_splits(task, recipe, cache, device)
+    with Log(folder) as log, TrainingProgress(recipe.steps, task.metric) as progress:
+        average = optimize(model, task, recipe, training, validation, device, folder, log, progress)
+
+    prediction = predict(task, average, held_out.image, device._replace(dtype=torch.float32))
+    comparison = compare(task, recipe, prediction, held_out.target.cpu(), training.target.cpu())
+    folder.save_weights(average)
+    draw(task, folder, held_out, prediction, log.rows, comparison.others)
+    results = {**comparison.as_dict(), "parameters": parameters, "device": device.words, "torch": torch.__version__}
+    folder.write_results(results)
+    return results
+
+
+def optimize(
+    model: DPT,
+    task: Task,
+    recipe: Recipe,
+    training: Scenes,
+    validation: Scenes,
+    device: Device,
+    folder: RunFolder,
+    log: Log,
+    progress: TrainingProgress,
+) -> DPT:
+    """Take the recipe's steps and return the running average of the weights, which is saved at every validation."""
+    optimizer = make_optimizer(model, recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
+    averaged = AveragedModel(model, multi_avg_fn=moving_average(recipe.average_decay), use_buffers=True)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    losses: list[float] = []
+    started = last = time.monotonic()
+    for step, indices in enumerate(batches(len(training.image), recipe, generator), start=1):
+        image, target = augmented(training, indices, model, recipe, generator)
+        with device.autocast():
+            output = model(image)
+        loss = task.loss(output, target, (step - 1) / recipe.steps)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]) or not math.isfinite(norm.item()):
+            folder.save_weights(averaged.module)
+            raise RunError(
+                f"stopped at step {step}: the loss is {losses[-1]:g} and the norm of its gradient {norm.item():g}, on training "
+                f"scenes {indices.tolist()}; {folder.weights} holds the weights from before that step"
+            )
+        optimizer.step()
+        schedule.step()
+        averaged.update_parameters(model)
+
+        validates = is_mark(step, recipe.steps, recipe.validations)
+        if validates or is_mark(step, recipe.steps, REPORTS):
+            now = time.monotonic()
+            images_per_second = len(losses) * recipe.batch_size / (now - last)
+            score = math.nan
+            if validates:
+                score = task.score(predict(task, averaged.module, validation.image, device), validation.target.cpu())
+                folder.save_weights(averaged.module)
+            mean_loss = sum(losses) / len(losses)
+            rates = schedule.get_last_lr()
+            log.row(step, now - started, mean_loss, score, images_per_second, *rates)
+            progress.update(step, mean_loss, score, images_per_second)
+            losses, last = [], time.monotonic()
+    return averaged.module
+
+
+def build_model(task: Task, recipe: Recipe) -> DPT:
+    """Return the recipe's model, in training mode. Raises RecipeError where there is none or the crop or size do not fit it."""
+    try:
+        model = task.create_model()
+    except ValueError as error:
+        raise RecipeError(f"model = {recipe.model!r} does not fit: {error}") from error
+    for key, value in (("size", recipe.size), ("crop", recipe.crop)):
+        if value % model.patch_size:
+            raise RecipeError(f"{key} = {value} does not fit: expected a multiple of the patch size, {model.patch_size}")
+    if recipe.crop > recipe.size:
+        raise RecipeError(f"crop = {recipe.crop} does not fit: expected at most the size of the scenes, {recipe.size}")
+    return model
+
+
+def load_splits(task: Task, recipe: Recipe, cache: Path, device: Device) -> tuple[Scenes, Scenes, Scenes]:
+    """Render or reuse the scenes: those learnt from, those of the same seed that validate, and the held-out ones.
+
+    They are copied out of the cache's files, which are mapped: a file that vanishes during the run must not end it.
+    """
+    count = recipe.training_scenes
+    seen = load_scenes(TRAIN_SEED, count + recipe.validation_scenes, size=recipe.size, cache=cache)
+    unseen = load_scenes(HELD_OUT_SEED, recipe.held_out_scenes, size=recipe.size, cache=cache)
+    image, target = torch.tensor(seen.image, device=device.device), task.targets(seen).to(device.device)
+    held_out = Scenes(torch.tensor(unseen.image, device=device.device), task.targets(unseen).to(device.device))
+    return Scenes(image[:count], target[:count]), Scenes(image[count:], target[count:]), held_out
+
+
+def make_optimizer(model: DPT, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW with the recipe's two learning rates."""
+    groups = [
+        {"params": list(model.backbone_parameters()), "lr": recipe.backbone_learning_rate},
+        {"params": list(model.decoder_parameters()), "lr": recipe.decoder_learning_rate},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
+
+
+def learning_rate_factor(step: int, recipe: Recipe) -> float:
+    """By what both learning rates are multiplied at `step`, counted from 0: up linearly, then down to 0 along a cosine."""
+    warmup = round(recipe.warmup * recipe.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(recipe.steps - warmup, 1)))
+
+
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """Return the update of a running average of tensors, shorter at first: decay min(decay, (1 + n) / (10 + n)) at step n."""
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        n = int(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
+def batches(count: int, recipe: Recipe, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the indices (batch_size,) of every step's scenes: each pass over the `count` scenes in an order of its own."""
+    queue = torch.empty(0, dtype=torch.long)
+    for _ in range(recipe.steps):
+        while len(queue) < recipe.batch_size:
+            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
+        yield queue[: recipe.batch_size]
+        queue = queue[recipe.batch_size :]
+
+
+def augmented(
+    scenes: Scenes, indices: Tensor, model: DPT, recipe: Recipe, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return a batch as the model reads it: image (B, 3, crop, crop) float32 normalised, target (B, crop, crop)."""
+    windows = random_windows(indices, scenes.target.shape[1:], recipe.crop, recipe.flip, generator)
+    image = cut(scenes.image, windows).permute(0, 3, 1, 2).float() / 255
+    image = jitter_colors(image, recipe.color_jitter, generator)
+    return normalize(image, model.config["image_mean"], model.config["image_std"]), cut(scenes.target, windows)
+
+
+def is_mark(step: int, steps: int, marks: int) -> bool:
+    """Whether `step`, from 1 to `steps`, is one of `marks` evenly spread ones, of which the last step is always one."""
+    marks = min(marks, steps)
+    return step * marks // steps > (step - 1) * marks // steps
+
+
+@torch.inference_mode()
+def predict(task: Task, model: DPT, image: Tensor, device: Device) -> Tensor:
+    """Return the task's predictions (N, H, W), on the CPU, for images (N, H, W, 3) uint8; the model's mode is kept."""
+    training = model.training
+    model.eval()
+    parts = []
+    for chunk in image.split(CHUNK):
+        batch = normalize(chunk.permute(0, 3, 1, 2).float() / 255, model.config["image_mean"], model.config["image_std"])
+        with device.autocast():
+            parts.append(task.prediction(model(batch)).cpu())
+    model.train(training)
+    return torch.cat(parts)
+
+
+def draw(
+    task: Task,
+    folder: RunFolder,
+    held_out: Scenes,
+    prediction: Tensor,
+    rows: list[dict[str, float]],
+    others: dict[str, float],
+) -> None:
+    """Leave the two pictures in the folder: panels of the first held-out scenes, and the learning curve."""
+    first = (held_out.image[:PANELS], held_out.target[:PANELS], prediction[:PANELS])
+    folder.save_figure(folder.panels, task.panels(*(tensor.cpu().numpy() for tensor in first)))
+    folder.save_figure(folder.curve, learning_curve(rows, task.metric, others))

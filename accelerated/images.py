@@ -23,7 +23,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS = 100_000_000  # a picture of 100 megapixels takes about 2 GB on its way through a model
+MAX_PIXELS = 100_000_000  # a picture of 100 megapixels takes nearly 3 GB of memory from file to files
 
 # Formats that Pillow decodes by itself: EPS, for one, would start another program.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "QOI", "TIFF", "WEBP")

@@ -6,7 +6,6 @@ Arrays are NumPy: images (N, H, W, 3) uint8, targets and predictions (N, H, W) a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +23,8 @@ _UNKNOWN = "0.6"  # grey
 def depth_panels(images: np.ndarray, depth: np.ndarray, prediction: np.ndarray) -> Figure:
     """Draw one row per scene: image, true inverse depth, prediction aligned to it, relative error in depth."""
     aligned = aligned_depth(torch.from_numpy(prediction), torch.from_numpy(depth)).numpy()
-    figure, axes = _grid(len(images), ["image", "true inverse depth", "prediction, aligned", f"|z - z*| / z*, 0 to {LARGEST_ERROR}"])
+    titles = ["image", "true inverse depth", "prediction, aligned", f"|z - z*| / z*, 0 to {LARGEST_ERROR}"]
+    figure, axes = _grid(len(images), titles)
     for row, image, truth, z in zip(axes, images, depth, aligned, strict=True):
         known = truth > 0
         inverse = np.where(known, 1 / np.where(known, truth, 1), np.nan)
@@ -74,11 +74,6 @@ def learning_curve(rows: Sequence[Mapping[str, float]], metric: str, references:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure
-
-
-def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
-    """Write a figure as PNG."""
-    figure.savefig(path, dpi=dpi)
 
 
 def _grid(rows: int, titles: Sequence[str]) -> tuple[Figure, np.ndarray]:

@@ -151,6 +151,20 @@ def _load(weights: Path, output: Path) -> DPT:
         raise OSError(f"{weights}: the GPU has not enough free memory for this model") from None
 
 
+@contextlib.contextmanager
+def _silent_decoders() -> Iterator[None]:
+    """Keep what libtiff and the like write straight to file descriptor 2 from stderr, which says one sentence per picture."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
 def _failure(picture: Path, error: Exception) -> str:
     """Say in one sentence why a picture could not be predicted; raise `error` again where it is no fault of the picture."""
     if isinstance(error, images.ImageError):
@@ -180,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # disable=None: no progress bar unless stderr is a terminal
     for picture, name in zip(tqdm(pictures, unit="image", disable=None if len(pictures) > 1 else True), names, strict=True):
         try:
-            paths = write_prediction(predict(model, images.read_image(picture)), model, arguments.output / name)
+            with _silent_decoders():
+                image = images.read_image(picture)
+            paths = write_prediction(predict(model, image), model, arguments.output / name)
         except Exception as error:
             failed += 1
             tqdm.write(f"error: {_failure(picture, error)}", file=sys.stderr)

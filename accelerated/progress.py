@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 
@@ -21,7 +22,7 @@ class TrainingProgress:
         self.steps, self.metric = steps, metric
         self.console = Console()
         self.started = self.last_line = time.monotonic()
-        self.text = ""
+        self.score = ""
         self.bar = Progress(
             TextColumn("training"), BarColumn(), TextColumn("{task.fields[text]}"),
             console=self.console, disable=not self.console.is_terminal,
@@ -35,13 +36,14 @@ class TrainingProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
 
-    def update(self, step: int, loss: float, validation: float | None, images_per_second: float) -> None:
-        """Report after `step` of the steps."""
+    def update(self, step: int, loss: float, validation: float, images_per_second: float) -> None:
+        """Report after `step` of the steps; `validation` is NaN where it was not measured."""
         now = time.monotonic()
         left = (now - self.started) / step * (self.steps - step)
-        score = "" if validation is None else f"  {self.metric} {validation:.4f}"
+        if not math.isnan(validation):
+            self.score = f"  {self.metric} {validation:.4f}"
         minutes, seconds = divmod(round(left), 60)
-        text = f"{step}/{self.steps}  loss {loss:.4f}{score}  {images_per_second:.1f} images/s  {minutes}:{seconds:02d} left"
+        text = f"{step}/{self.steps}  loss {loss:.4f}{self.score}  {images_per_second:.1f} images/s  {minutes}:{seconds:02d} left"
         self.bar.update(self.task, completed=step, text=text)
         if not self.console.is_terminal and (step == self.steps or now - self.last_line >= _SECONDS_BETWEEN_LINES):
             self.last_line = now

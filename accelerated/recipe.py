@@ -77,8 +77,8 @@ class Recipe(BaseModel):
     baseline_bar: float | None = Field(
         0.6,
         gt=0,
-        description="what the run promises: depth, held-out AbsRel at most this times that of the best image-independent predictor; "
-        "segmentation, mIoU at least this times that of the commonest class everywhere",
+        description="promised for the held-out scenes: depth, AbsRel at most this times that of the best image-independent "
+        "predictor; segmentation, mIoU at least this times that of the commonest class everywhere",
     )
     permuted_bar: float | None = Field(
         0.75,

@@ -17,11 +17,22 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+import accelerated
 from accelerated.recipe import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from accelerated import DPT
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message is one sentence."""
+
 
 COLUMNS = ("step", "seconds", "loss", "validation", "images_per_second", "backbone_learning_rate", "decoder_learning_rate")
 
@@ -54,15 +65,16 @@ class RunFolder:
         except (OSError, ValueError):
             return None
 
-    def start(self, recipe: Recipe, overwrite: bool) -> None:
-        """Make the folder ready for a new run of `recipe`: its own old files go, any other file stays.
+    def refuse_another(self, recipe: Recipe) -> None:
+        """Raise RecipeError where a run of another recipe is here."""
+        if self.recipe.exists() and not self.holds(recipe):
+            raise RecipeError(f"{self.path} holds a run of another recipe: give this one its own --name, or --overwrite true")
 
-        Raises RecipeError where it holds a run of another recipe and `overwrite` is False, OSError where it cannot be written.
+    def start(self, recipe: Recipe) -> None:
+        """Make the folder ready for a new run of `recipe`: a run's old files go, any other file stays.
+
+        Raises OSError where it cannot be written.
         """
-        if self.recipe.exists() and not self.holds(recipe) and not overwrite:
-            raise RecipeError(
-                f"{self.path} holds a run of another recipe: expected a --name of its own for this one, or --overwrite true"
-            )
         self.path.mkdir(parents=True, exist_ok=True)
         own = (self.results, self.weights, self.recipe, self.metrics, self.curve, self.panels)
         for file in (*own, *self.path.glob("events.out.tfevents.*")):
@@ -78,6 +90,14 @@ class RunFolder:
             os.replace(beside, target)
         finally:
             beside.unlink(missing_ok=True)
+
+    def save_weights(self, model: DPT) -> None:
+        """Replace the run's weights by those of `model`; the file is complete at every moment."""
+        accelerated.save(model, self.weights)
+
+    def save_figure(self, path: Path, figure: Figure) -> None:
+        """Write a figure as PNG."""
+        self.replace(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Mark the run as finished."""
@@ -104,8 +124,9 @@ class Log:
         self.file.close()
         self.tensorboard.close()
 
-    def row(self, **values: float) -> None:
-        """Add one row; every column is given, `validation` as NaN where it was not measured."""
+    def row(self, *row: float) -> None:
+        """Add one row of COLUMNS; `validation` is NaN where it was not measured."""
+        values = dict(zip(COLUMNS, row, strict=True))
         self.rows.append(values)
         self.csv.writerow({key: "" if math.isnan(value) else f"{value:.6g}" for key, value in values.items()})
         self.file.flush()

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import accelerated
-from accelerated import baselines, metrics
+from accelerated import baselines, metrics, panels
+from accelerated.data.scenes import CLASSES
 from accelerated.losses import depth_loss, segmentation_loss
 
 if TYPE_CHECKING:
@@ -49,6 +52,9 @@ class Task(Protocol):
     def best(self, scores: Mapping[str, float]) -> str:
         """Return the name of the baseline that the recipe's bar is measured against."""
 
+    def panels(self, images: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> Figure:
+        """Draw image | truth | prediction | error for scenes (N, H, W, 3), (N, H, W), (N, H, W)."""
+
 
 class Depth:
     """Inverse depth up to scale and shift, by the paper's loss (section 4)."""
@@ -63,7 +69,7 @@ class Depth:
         return accelerated.create_model(self.recipe.model, task="depth")
 
     def targets(self, scenes: SceneArrays) -> Tensor:
-        return torch.from_numpy(scenes.depth)
+        return torch.tensor(scenes.depth)
 
     def loss(self, output: Tensor | Segmentation, target: Tensor, progress: float) -> Tensor:
         """Untrimmed at first: from random weights, the trimmed loss alone may never leave the image-independent solution."""
@@ -86,6 +92,9 @@ class Depth:
     def best(self, scores: Mapping[str, float]) -> str:
         return min(scores, key=scores.__getitem__)
 
+    def panels(self, images: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> Figure:
+        return panels.depth_panels(images, target, prediction)
+
 
 class Segment:
     """The class of every pixel, by cross-entropy with an auxiliary head (section 5.2)."""
@@ -94,8 +103,6 @@ class Segment:
     smaller_is_better = False
 
     def __init__(self, recipe: Recipe) -> None:
-        from accelerated.data.scenes import CLASSES
-
         self.recipe = recipe
         self.num_classes = len(CLASSES)
 
@@ -103,7 +110,7 @@ class Segment:
         return accelerated.create_model(self.recipe.model, task="segmentation", num_classes=self.num_classes)
 
     def targets(self, scenes: SceneArrays) -> Tensor:
-        return torch.from_numpy(scenes.label)
+        return torch.tensor(scenes.label)
 
     def loss(self, output: Tensor | Segmentation, target: Tensor, progress: float) -> Tensor:
         assert not isinstance(output, Tensor)
@@ -121,6 +128,9 @@ class Segment:
 
     def best(self, scores: Mapping[str, float]) -> str:
         return "commonest class"
+
+    def panels(self, images: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> Figure:
+        return panels.segmentation_panels(images, target, prediction, CLASSES)
 
 
 TASKS = {"depth": Depth, "segmentation": Segment}

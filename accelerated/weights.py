@@ -32,11 +32,16 @@ def to_numpy(model: DPT) -> dict[str, np.ndarray]:
 def save(model: DPT, path: str | os.PathLike[str]) -> None:
     """Write the model to one safetensors file. The file appears complete or not at all. Raises OSError where it cannot."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     tensors = {key: _portable(value).contiguous() for key, value in model.state_dict().items()}
     metadata = {"format": "pt", "config": json.dumps(model.config)}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / "weights"
-        save_file(tensors, temporary, metadata)
+        temporary = Path(folder) / path.name
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         os.replace(temporary, path)
 
 
@@ -75,9 +80,12 @@ def from_tensors(config: Config, tensors: Mapping[str, Tensor], source: str) -> 
     try:
         with torch.device("meta"):  # every value comes from the tensors: allocate and initialise nothing
             model = DPT(config)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{source} has a configuration that describes no DPT: {error!r}") from error
-    _compare(model.state_dict(), tensors, f"{source} does not hold the {config['name']} ({config['task']}) it should")
+        name, task = config["name"], config["task"]
+    except KeyError as error:
+        raise ValueError(f"{source} has a configuration without {error}: it describes no DPT") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} has a configuration that describes no DPT: {error}") from error
+    _compare(model.state_dict(), tensors, f"{source} does not hold the {name} ({task}) it should")
     double = all(value.dtype == torch.float64 for value in tensors.values())
     dtype = torch.float64 if double else torch.float32
     model.load_state_dict({key: value.to(dtype) for key, value in tensors.items()}, assign=True)
@@ -85,22 +93,19 @@ def from_tensors(config: Config, tensors: Mapping[str, Tensor], source: str) -> 
 
 
 def _compare(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], verdict: str) -> None:
-    faults = []
-    if missing := [key for key in expected if key not in actual]:
-        faults.append(f"{len(missing)} tensors are missing ({_few(missing)})")
-    if extra := [key for key in actual if key not in expected]:
-        faults.append(f"{len(extra)} are unexpected ({_few(extra)})")
-    wrong = [
-        f"{key} {tuple(actual[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in actual and (actual[key].shape != expected[key].shape)
+    missing = [key for key in expected if key not in actual]
+    extra = [key for key in actual if key not in expected]
+    common = [key for key in expected if key in actual]
+    misshaped = [
+        f"{key} is {tuple(actual[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in common
+        if actual[key].shape != expected[key].shape
     ]
-    if wrong:
-        faults.append(f"{len(wrong)} have another shape ({_few(wrong)})")
-    if integers := [key for key in expected if key in actual and not actual[key].is_floating_point()]:
-        faults.append(f"{len(integers)} are not floating point ({_few(integers)})")
+    integers = [key for key in common if not actual[key].is_floating_point()]
+    kinds = {"missing": missing, "unexpected": extra, "of another shape": misshaped, "not floating point": integers}
+    faults = [f"{len(keys)} {kind} ({_few(keys)})" for kind, keys in kinds.items() if keys]
     if faults:
-        raise ValueError(f"{verdict}: {'; '.join(faults)}")
+        raise ValueError(f"{verdict}: tensors {'; '.join(faults)}")
 
 
 def _few(names: Collection[Any]) -> str:

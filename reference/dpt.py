@@ -174,10 +174,10 @@ def apply(
     dropout_masks: Mapping[str, np.ndarray] | None = None,
     observe: Observe | None = None,
 ) -> tuple[Any, Callable]:
-    """Run the model `config` describes on a normalised `image` (B, 3, H, W), float32 or float64 as the parameters.
+    """Run the model of `config` on a normalised `image` (B, 3, H, W), float32 or float64 as the parameters.
 
-    Depth: inverse depth (B, H, W), up to scale and shift. Segmentation: `Segmentation(logits, auxiliary)`; logits (B, K, H, W) and
-    no auxiliary, or with `training` logits (B, K, H/2, W/2), auxiliary (B, K, H/4, W/4).
+    Depth: inverse depth (B, H, W), up to scale and shift. Segmentation: `Segmentation(logits, auxiliary)`: logits (B, K, H, W)
+    and None, or with `training` logits (B, K, H/2, W/2) and auxiliary (B, K, H/4, W/4).
     `vjp(doutput) -> (dimage, grads)`, doutput of the output's structure; grads has every trainable parameter's key.
     `training` makes batch norm use the batch's statistics and, where `statistics` is given, fills it with the updated running
     ones; `dropout_masks` {"head", "auxiliary"} are boolean maps of what dropout keeps.

@@ -89,7 +89,7 @@ def assert_within(actual: Array, expected: Array, bound: Array, what: str = "val
 
     1.001 pays for second-order terms, the smallest subnormal for results that underflow.
     """
-    assert actual.dtype == np.float32 and expected.dtype == np.float64, f"{what}: {actual.dtype}, {expected.dtype}"
+    assert (actual.dtype, expected.dtype) == (np.float32, np.float64), f"{what}: {actual.dtype}, {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
     assert np.isfinite(actual).all(), f"{what}: not finite"
     allowed = 1.001 * np.broadcast_to(bound, expected.shape) + 2.0**-149

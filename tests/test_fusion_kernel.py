@@ -1,25 +1,18 @@
-"""kernels/fusion: upsampling with the residual add, and its gradient, against torch in float64; and what carries kernels."""
+"""kernels/fusion: upsampling with the residual add, and its gradient, against torch in float64; and what its wrappers refuse."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from packaging.version import Version
 
-import kernels
-from kernels import compile as kernel_compiler
-from kernels import host, launch, source
-from kernels.fusion import SOURCE, upsample_add, upsample_backward
+from kernels import launch
+from kernels.fusion import upsample_add, upsample_backward
 from tests.equality import assert_same
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -28,17 +21,14 @@ U = 2.0**-24  # the relative rounding error of float32
 
 # (batch, channels, height, width, out_height, out_width): multiples of nothing, larger, smaller, equal, and one pixel.
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3), *[st.integers(1, 11)] * 2, *[st.integers(1, 17)] * 2)
-corners = [
-    example(shape=shape, seed=0)
-    for shape in ((1, 1, 1, 1, 1, 1), (2, 1, 5, 7, 5, 7), (1, 2, 6, 5, 1, 1), (1, 1, 1, 1, 4, 9), (1, 1, 2, 3000, 1, 40009))
-]
+CORNERS = [(1, 1, 1, 1, 1, 1), (2, 1, 5, 7, 5, 7), (1, 2, 6, 5, 1, 1), (1, 1, 1, 1, 4, 9), (1, 1, 2, 300, 1, 40009)]
 
 
 def with_corners(test):
-    """Draw shapes and seeds, and always try the shapes in `corners`, the last an axis too long for float positions."""
-    for case in corners:
-        test = case(test)
-    return settings(deadline=None, max_examples=60)(given(shape=SHAPES, seed=st.integers(0, 2**32 - 1))(test))
+    """Draw shapes and seeds, and always try CORNERS; float32 positions on the last one's axis would be a hundred bounds off."""
+    for shape in CORNERS:
+        test = example(shape=shape, seed=0)(test)
+    return given(shape=SHAPES, seed=st.integers(0, 2**32 - 1))(test)
 
 
 def guarded(values: np.ndarray) -> np.ndarray:
@@ -119,6 +109,21 @@ def test_kernel_upsample_backward_is_the_gradient(shape, seed):
     assert_same(dx, torch_backward(dout, dx.shape[2:]))
     assert untouched(dx)
     assert_same(upsample_backward(dout, dx.shape[2:]), dx, rtol=0)
+
+
+def test_kernel_positions_are_exact_on_a_long_axis():
+    """A ramp is interpolated to the positions themselves, whose numerators pass 2^31.
+
+    (Torch is no witness here: it takes the floor of a position in float32, for float64 maps too.)
+    """
+    exact = np.array([float(Fraction(i * 49999, 60000)) for i in range(60001)]).reshape(1, 1, 1, -1)
+    assert_same(upsample_add(np.arange(50000.0).reshape(1, 1, 1, -1), np.zeros_like(exact)), exact, rtol=1e-14)
+    # Its gradient is the transpose: the same numbers, element by element, from the other side.
+    dout, x = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 60001))
+    x = x[..., :50000].copy()
+    dx = upsample_backward(dout, (1, 50000))
+    pairing = upsample_add(x, np.zeros_like(dout)) * dout
+    assert_same((dx * x).sum(), pairing.sum(), scale=float(np.abs(pairing).sum()), rtol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -238,14 +243,6 @@ def cupy():
     return pytest.importorskip("cupy", reason="CuPy is not installed: pip install cupy-cuda13x")
 
 
-@pytest.fixture
-def nvrtc():
-    try:
-        return kernel_compiler.nvrtc()
-    except ImportError as error:
-        pytest.skip(str(error))
-
-
 def test_kernel_wrapper_names_the_device_that_differs(cupy):
     def on_gpu(device: int, begin: int, dtype: str = "float32", shape=(1, 1, 4, 4)):
         memory = cupy.cuda.UnownedMemory(begin, 2**20, None, device)  # an address, not memory: no check may follow it
@@ -264,164 +261,20 @@ def test_kernel_wrapper_names_the_device_that_differs(cupy):
         upsample_add(on_gpu(0, 2**20, "float64"), skip)
 
 
-@pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100, 120])
-def test_kernel_compiles_to_machine_code(nvrtc, architecture):
-    compiled = kernel_compiler.compile_source(*SOURCE, architecture)
-    assert compiled.cubin.startswith(b"\x7fELF")
-    names = {f"{template}<{element}>" for template in SOURCE.templates for element in ("float", "__half", "__nv_bfloat16")}
-    assert set(compiled.symbols) == set(compiled.resources) == names
-    for name, symbol in compiled.symbols.items():
-        assert symbol.encode() in compiled.cubin
-        assert f"'{symbol}' for 'sm_{architecture}'" in compiled.log
-        registers, spilled = compiled.resources[name]
-        assert 0 < registers <= 128, name  # two blocks of 256 threads on a multiprocessor, or more
-        assert spilled == 0, name
-
-
-def test_kernel_resources_are_read_from_the_log():
-    log = """ptxas info    : Compiling entry function '_Z1fv' for 'sm_90'
-ptxas         .     8 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads
-ptxas info    : Used 255 registers, used 1 barriers
-ptxas info    : Compiling entry function '_Z1gv' for 'sm_90'
-ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 10 registers"""
-    assert kernel_compiler.resources(log.splitlines()) == {"_Z1fv": (255, 40), "_Z1gv": (10, 0)}
-
-
-def test_kernel_compiler_says_what_is_wrong(nvrtc, monkeypatch, tmp_path):
-    major = nvrtc.getVersion()[0]
-    with pytest.raises(ValueError, match=r"compiles for the architectures .*, not for 12$"):
-        kernel_compiler.compile_source(*SOURCE, 12)
-    shutil.copytree(source.FOLDER, tmp_path / "kernels")
-    (tmp_path / "kernels" / "fusion.cu").write_text("template <typename T> __global__ void f(T x) { y = x; }")
-    with monkeypatch.context() as patch:
-        patch.setattr(kernel_compiler, "FOLDER", tmp_path / "kernels")
-        with pytest.raises(RuntimeError, match=r'(?s)could not compile .*fusion.cu for sm_90:.*identifier "y" is undefined'):
-            kernel_compiler.compile_source("fusion.cu", ("f",), 90)
-    other = tmp_path / "cuda" / "include"
-    other.mkdir(parents=True)
-    (other / "cuda_fp16.h").touch()
-    (other / "cuda.h").write_text(f"#define CUDA_VERSION {1000 * (major - 1)}\n")
-    with monkeypatch.context() as patch:
-        patch.setattr(kernel_compiler, "_include_folders", lambda: iter([tmp_path / "none", other]))
-        with pytest.raises(RuntimeError, match=r"(?s)header cuda_fp16.h: pip install nvidia-cuda-runtime.*another CUDA version"):
-            kernel_compiler.include_folder(major)
-    (other / "cuda.h").write_text(f"#define CUDA_VERSION {1000 * major + 90}\n")
-    with monkeypatch.context() as patch:
-        patch.setattr(kernel_compiler.importlib.util, "find_spec", lambda name: None)
-        patch.setenv("CUDA_PATH", str(other.parent))
-        assert kernel_compiler.include_folder(major) == other
-
-
-def test_kernel_compiler_names_the_package_that_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
-    with pytest.raises(ImportError, match="pip install cupy-cuda13x nvidia-cuda-nvrtc"):
-        kernel_compiler.nvrtc()
-
-
-def test_kernel_host_compiler_is_chosen_or_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "no-such-compiler -O3")
-    with pytest.raises(RuntimeError, match=r"\$CXX, which is 'no-such-compiler -O3', and no such command is found"):
-        host.compiler()
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"need a C\+\+ compiler, and none of c\+\+, g\+\+, clang\+\+ is found: install one"):
-        host.compiler()
-
-
-def test_kernel_cache_holds_whole_files_of_this_source(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def killed(path: Path) -> None:
-        path.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        source.cached("file", killed)
-    path = source.cached("file", lambda path: path.write_text("whole"))
-    assert path.read_text() == "whole"
-    assert source.cached("file", killed) == path
-    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
-    assert path.parent.stat().st_mode & 0o77 == 0, "another user could put a library there"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
-    with pytest.raises(RuntimeError, match=r"cannot be written .*: set XDG_CACHE_HOME"):
-        source.cached("other", killed)
-
-    original, before = source.FOLDER, source.digest()
-    for changed in ("fusion.cu", "element.cuh", "host/cuda_fp16.h"):
-        copy = tmp_path / changed.replace("/", "-")
-        shutil.copytree(original, copy)
-        monkeypatch.setattr(source, "FOLDER", copy)
-        assert source.digest() == before
-        (copy / changed).write_text((copy / changed).read_text() + "\n")
-        assert source.digest() != before
-
-
-def run_python(code: str, packages: Path, cache: Path) -> str:
-    """Run Python in a folder that is not the checkout; `packages` is searched first."""
-    environment = {**os.environ, "PYTHONPATH": str(packages), "XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_kernel_package_works_wherever_it_is_installed(tmp_path):
-    """Its Python files and its data, copied elsewhere as a wheel would install them, run with no sight of the checkout."""
-    checkout = Path(kernels.__file__).parent
-    installed = tmp_path / "kernels"
-    for pattern in ("*.py", "*.cu", "*.cuh", "host/*.h"):
-        for path in checkout.glob(pattern):
-            target = installed / path.relative_to(checkout)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
-    code = (
-        "import numpy as np, kernels.source; from kernels.fusion import upsample_add\n"
-        "print(kernels.source.FOLDER, upsample_add(np.ones((1, 1, 2, 2)), np.ones((1, 1, 3, 3))).sum())"
-    )
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    printed = run_python(code, tmp_path, cache)
-    assert printed.split() == [str(installed), "18.0"]
-    assert len(list(cache.rglob("fusion-*.so"))) == 1
-
-
-def test_kernel_package_is_cheap_to_import_and_is_not_its_namesake(tmp_path):
-    checkout = Path(kernels.__file__).parent.parent
-    before = "import sys; before = set(sys.modules)\n"
-    after = "\nprint(sorted({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
-    assert run_python(f"{before}import kernels{after}", checkout, tmp_path) == "['kernels']\n"
-    without = f"{before}sys.modules['cupy'] = None\nimport kernels.fusion{after}"
-    assert run_python(without, checkout, tmp_path) == "['cupy', 'kernels', 'ml_dtypes', 'numpy']\n"
-    version = Version(kernels.__version__)  # transformers takes this range for the PyPI package named kernels
-    assert not Version("0.18.2") <= version < Version("0.19.0")
-
-
-@pytest.fixture
-def gpu():
-    cupy = pytest.importorskip("cupy", reason="CuPy is not installed: pip install cupy-cuda13x")
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError:
-        pytest.skip("no CUDA device")
-    return cupy
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_kernel_on_the_gpu_is_that_on_the_host(gpu, dtype):
+def test_kernel_on_the_gpu_is_that_on_the_host(cupy, dtype):
     """Both stay within the bound, the GPU's by fewer roundings (it fuses multiply and add), on a stream of the caller's."""
-    for seed, shape in enumerate([(1, 1, 1, 1, 1, 1), (3, 2, 7, 5, 17, 13), (2, 5, 19, 23, 6, 4), (1, 2, 2, 3000, 1, 40009)]):
+    for seed, shape in enumerate([(1, 1, 1, 1, 1, 1), (3, 2, 7, 5, 17, 13), (2, 5, 19, 23, 6, 4), (1, 2, 2, 300, 1, 40009)]):
         x, skip, _ = draw(shape, seed, dtype, forward=True)
-        with gpu.cuda.Stream(non_blocking=True) as stream:
-            out = upsample_add(gpu.asarray(x), gpu.asarray(skip))
-            dx = upsample_backward(gpu.asarray(skip), x.shape[2:])
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            out = upsample_add(cupy.asarray(x), cupy.asarray(skip))
+            dx = upsample_backward(cupy.asarray(skip), x.shape[2:])
             stream.synchronize()
         assert_forward(x, skip, upsample_add(x, skip))
-        assert_forward(x, skip, gpu.asnumpy(out))
+        assert_forward(x, skip, cupy.asnumpy(out))
         assert_backward(skip, upsample_backward(skip, x.shape[2:]))
-        assert_backward(skip, gpu.asnumpy(dx))
+        assert_backward(skip, cupy.asnumpy(dx))
 
 
 def test_kernel_arrays_are_limited_to_what_int_counts():

@@ -1,4 +1,4 @@
-"""The house rules: who may import whom, one configuration, one version, and nothing in the text that only one machine understands."""
+"""The house rules: who may import whom, one configuration, one version, and no text that only one machine understands."""
 
 from __future__ import annotations
 
@@ -164,9 +164,7 @@ import_all("accelerated")
 
 
 def test_inference_needs_no_optional_package():
-    optional = (
-        "mitsuba drjit pydantic pydantic_settings tensorboard transformers sklearn cv2 scipy cupy webdataset"
-    )
+    optional = "mitsuba drjit pydantic pydantic_settings tensorboard transformers sklearn cv2 scipy cupy webdataset"
     run(f"""
 absent = set({optional.split()})
 {WITHOUT}

@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
@@ -151,6 +151,7 @@ def test_a_truncated_file_is_refused_or_was_complete(scratch: Path, encoding: tu
     np.testing.assert_array_equal(pixels, whole)
 
 
+@settings(max_examples=150)  # so that decoders raise everything they raise
 @given(st.sampled_from(ENCODINGS), st.data())
 def test_a_damaged_file_is_read_or_refused_but_never_raises_anything_else(
     scratch: Path, encoding: tuple[str, dict], data: st.DataObject
@@ -171,7 +172,9 @@ def test_what_is_no_image_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not a picture")
     (tmp_path / "empty.png").touch()
     (tmp_path / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    (tmp_path / "words.ppm").write_text("P5 four four 255\n")
     cases = {
+        "words.ppm": "damaged",
         **dict.fromkeys(("text.jpg", "empty.png", "page.eps"), "not an image of a known format"),
         "none.png": "no such file",
         ".": "a folder, where an image file was expected",
@@ -219,6 +222,8 @@ FLOATS = hnp.arrays(
 
 
 @given(FLOATS)
+@example(np.array([[-3e38, 0, 3e38]], np.float32))  # their difference is no float32
+@example(np.array([[1e-45, 0]], np.float32))
 def test_sixteen_bits_go_from_the_minimum_to_the_maximum(depth: np.ndarray) -> None:
     scaled = images.depth_to_uint16(depth)
     assert scaled.dtype == np.uint16

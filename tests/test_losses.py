@@ -1,4 +1,4 @@
-"""Losses: the depth loss in its forms, by definition, by hand, by differences; the segmentation loss against PyTorch's own."""
+"""The depth losses: both forms equal, by definition, by differences, by invariance, by hand."""
 
 import math
 
@@ -40,7 +40,7 @@ def residual_of(loss, prediction, target, mask):
 
 
 def cancelling(loss, prediction, target, mask):
-    """The size of the terms that cancel in the gradient of an invariant loss: (sum of |dloss/dR|) times d(aligned)/d(prediction)."""
+    """The size of the terms that cancel in the gradient of an invariant loss: some |dloss/dR| times d(aligned)/d(prediction)."""
     size = 0.0
     for p, t, m in zip(prediction, target, mask, strict=True):
         if m.sum() > 1 and np.ptp(p[m]) > 0:
@@ -51,7 +51,7 @@ def cancelling(loss, prediction, target, mask):
     return size
 
 
-# ---- the two forms --------------------------------------------------------------------------------------------------------------
+# ---- the two forms -------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=150)
@@ -59,7 +59,7 @@ def cancelling(loss, prediction, target, mask):
 def test_both_forms_agree(maps, loss):
     value, gradient = by_numpy(loss, *maps)
     # Multiples of 1/4 have exact sums, so the median alignment ties exactly in both forms and needs no exclusion. Least squares
-    # does not: there an exact zero or tie, of more than two pixels or of an image where the fit is exact, is rounding's to decide.
+    # does not: there an exact zero or tie is rounding's to decide. (With two pixels the fit is exact and no gradient flows.)
     if loss != "median":
         for b, m in enumerate(maps.mask):
             one = Batch(*(x[b : b + 1] for x in maps))
@@ -77,7 +77,9 @@ def test_both_forms_agree(maps, loss):
 @given(maps=batches(kinds=("normal",), largest=9), loss=st.sampled_from(sorted(LOSSES)), seed=st.integers(0, 99))
 def test_reference_vjp_by_differences(maps, loss, seed):
     # A hundred times the prediction, which changes no loss, makes the steps of the differences small. They reach some 0.01 far:
-    # predictions within 0.05 of a kink or of another median are excluded.
+    # predictions within 0.05 of a kink or of another median are excluded. So are images of so few pixels that the loss may be
+    # constant, where the derivative is 0 and the difference noise.
+    assume(all(count == 0 or count > 4 for count in maps.mask.sum((1, 2))))
     prediction = 100 * maps.prediction
     assume(distance_to_kinks(residual_of(loss, prediction, *maps[1:]), maps.mask) > 5e-4)
     assume(loss != "median" or distance_to_other_median(prediction, maps.mask) > 0.05)
@@ -162,7 +164,7 @@ def test_published_snippet_loss_is_the_snippet(maps):
         assert_same(value, np.float64(expected), scale=max(1.0, expected))
 
 
-# ---- invariances ----------------------------------------------------------------------------------------------------------------
+# ---- invariances ---------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
@@ -187,7 +189,7 @@ def test_what_stands_at_invalid_pixels_does_not_matter(maps, loss):
             assert (actual == expected).all()
 
 
-# ---- by hand --------------------------------------------------------------------------------------------------------------------
+# ---- by hand -------------------------------------------------------------------------------------------------------------------
 
 
 def trimmed(residual, mask, dloss, kept=0.8):
@@ -209,8 +211,9 @@ def test_trimming_drops_the_largest_residuals_and_the_later_of_equal_ones():
     assert_same(gradient, np.array([[[1.0, 0, 1], [-1, 0, 0]], [[2, -2, 2], [2, 0, 0]]]))
 
 
-@given(count=st.integers(0, 400), kept=st.sampled_from([0.1, 0.3, 0.7, 0.8, 0.9, 1.0]))
+@given(count=st.integers(0, 400), kept=st.sampled_from([0.0, 0.1, 0.5, 0.8, 0.9, 1.0]))
 def test_trimming_keeps_the_floor(count, kept):
+    """Of these fractions none is below its decimal in float64, so that the floor is never one too few."""
     tenths = round(10 * kept)
     _, gradient = trimmed(np.ones((1, 20, 20)), np.arange(400).reshape(1, 20, 20) < count, np.ones(1), kept)
     assert (gradient > 0).sum() == tenths * count // 10
@@ -239,7 +242,7 @@ def test_gradient_matching_counts_a_difference_only_between_valid_pixels():
 
 
 def test_depth_loss_by_hand():
-    """Prediction: t = 2, s = 1, d^ = 2 -1 1 0. Target: t = 0, s = 1, d*^ = 0 0 0 4. R = 2 -1 1 -4, U_m = 3, the second image empty."""
+    """d = 4 1 3 2: t = 2, s = 1, d^ = 2 -1 1 0. d* = 0 0 0 4: t = 0, s = 1. R = 2 -1 1 -4, U_m = 3. The second image is empty."""
     prediction = np.array([[[4.0, 1.0, 3.0, 2.0]], [[np.nan] * 4]])
     target = np.array([[[0.0, 0.0, 0.0, 4.0]], [[np.inf] * 4]])
     mask = np.array([[[True] * 4], [[False] * 4]])
@@ -277,15 +280,17 @@ def test_no_gradient_reaches_the_target():
         assert through == (None,), loss
 
 
-# ---- precisions and devices -----------------------------------------------------------------------------------------------------
+# ---- precisions and devices ----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
 @given(maps=batches(kinds=("normal",), masks=("none", "some", "all"), largest=13), alignment=st.sampled_from(ALIGNMENTS))
 def test_float32_within_rounding(maps, alignment):
-    """Both libraries add n < 200 numbers in blocks, within some 12 eps of the sum of their sizes; d^, R and the loss are three such
-    sums in a row. So 64 eps bounds the error relative to the loss with its differences replaced by sums of sizes (`terms`): a pixel
-    is in four differences of each scale. The gradient's bound is the vjp of the median alignment with sizes for values."""
+    """Both libraries add n < 200 numbers in blocks, within some 12 eps of the sum of their sizes; the loss is three such sums.
+
+    So 64 eps bounds the error relative to the loss with sizes added where it has differences (`terms`): a pixel is in four
+    differences of each scale. The gradient's bound is the vjp of the median alignment, with sizes for values.
+    """
     prediction, target = (np.where(maps.mask, x, 0).astype(np.float32) for x in maps[:2])
     exact = prediction.astype(np.float64), target.astype(np.float64), maps.mask
     residual = residual_of(alignment, *exact)
@@ -353,7 +358,7 @@ def test_nothing_is_read_back_to_the_host(loss):
     assert leaf.grad.shape == leaf.shape
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
@@ -386,106 +391,11 @@ def test_errors_name_what_is_wrong(form):
             function(d, d[:, :, :2], mask)
         with pytest.raises(ValueError, match=r"mask has shape \(1, 1, 3\)"):
             function(d, d, mask[:, :1])
-        with pytest.raises(ValueError, match="mask has dtype .*float64: expected .*bool"):
+        with pytest.raises(ValueError, match=r"mask has dtype .*float64: expected .*bool"):
             function(d, d, d)
         with pytest.raises(ValueError, match=r"prediction has shape \(1, 1, 2, 3\)"):
             function(d[None], d[None], mask[None])
         with pytest.raises(ValueError, match=r"prediction has shape \(0, 2, 3\)"):
             function(d[:0], d[:0], mask[:0])
-        with pytest.raises(ValueError, match="prediction has dtype .*int64"):
+        with pytest.raises(ValueError, match=r"prediction has dtype .*int64"):
             function(make(np.zeros((1, 2, 3), np.int64)), d, mask)
-
-
-# ---- segmentation ---------------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def segmentations(draw):
-    """Logits of any resolution, auxiliary ones of another or none, labels with ignored pixels (some batches: nothing else)."""
-    batch, classes = draw(st.integers(1, 3)), draw(st.integers(1, 6))
-    sides = st.tuples(st.integers(1, 9), st.integers(1, 9))
-    rng = np.random.default_rng(draw(st.integers(0, 2**20)))
-    logits = rng.standard_normal((batch, classes, *draw(sides))) * draw(st.sampled_from([1, 100]))
-    auxiliary = rng.standard_normal((batch, classes, *draw(sides))) if draw(st.booleans()) else None
-    labels = rng.integers(0, classes, (batch, *draw(sides)))
-    ignore_index = draw(st.sampled_from([255, -1, 0]))
-    labels[rng.random(labels.shape) < draw(st.sampled_from([0, 0.3, 1]))] = ignore_index
-    return logits, auxiliary, labels, draw(st.sampled_from([0.2, 1.0])), ignore_index
-
-
-def witness(logits, labels, ignore_index):
-    """PyTorch's own cross-entropy, which gives NaN where every pixel is ignored."""
-    resized = torch.nn.functional.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
-    value = torch.nn.functional.cross_entropy(resized, torch.tensor(labels), ignore_index=ignore_index)
-    return torch.where(value.isnan(), 0 * logits.sum(), value)
-
-
-@settings(max_examples=80)
-@given(segmentations())
-def test_segmentation_loss(case):
-    logits, auxiliary, labels, weight, ignore_index = case
-    ignored = (labels == ignore_index).all()
-    leaves = [torch.tensor(x, requires_grad=True) for x in (logits, auxiliary) if x is not None]
-    expected = sum(w * witness(leaf, labels, ignore_index) for w, leaf in zip((1, weight), leaves, strict=False))
-    expected_gradients = torch.autograd.grad(3 * expected, leaves) if not ignored else [torch.zeros_like(x) for x in leaves]
-    expected = expected.detach().numpy()
-    scale = max(1.0, float(np.abs(logits).max()))
-
-    value, vjp = plain.segmentation_loss(logits, auxiliary, labels, weight, ignore_index)
-    gradients = vjp(3.0)
-    assert len(gradients) == 2
-    assert (gradients[1] is None) == (auxiliary is None)
-
-    copies = [x.detach().clone().requires_grad_() for x in leaves]
-    other = fast.segmentation_loss(copies[0], copies[1] if len(copies) > 1 else None, torch.tensor(labels), weight, ignore_index)
-    other_gradients = torch.autograd.grad(3 * other, copies)
-    assert_same(value, expected, scale=scale)
-    assert_same(other.detach().numpy(), expected, scale=scale)
-    for g, o, e in zip(gradients, other_gradients, expected_gradients, strict=False):
-        assert_same(g, e.numpy(), scale=1.0)
-        assert_same(o.numpy(), e.numpy(), scale=1.0)
-    if ignored:
-        assert value == other == 0
-        assert not any(g.any() for g in (*gradients, *other_gradients) if g is not None)
-
-
-def test_segmentation_loss_by_hand():
-    """Two classes, logits 0 and ln 3: probabilities 1/4 and 3/4. The auxiliary logits are equal: ln 2 at weight 0.2."""
-    logits = np.zeros((1, 2, 1, 1))
-    logits[0, 1] = np.log(3)
-    labels = np.array([[[1, 1, 255, 0]]], np.uint8)
-    expected = np.float64((2 * np.log(4 / 3) + np.log(4)) / 3 + 0.2 * np.log(2))
-    auxiliary = np.zeros((1, 2, 1, 2))
-    assert_same(plain.segmentation_loss(logits, auxiliary, labels)[0], expected)
-    assert_same(fast.segmentation_loss(*map(torch.tensor, (logits, auxiliary, labels))).numpy(), expected)
-
-
-@given(case=segmentations())
-def test_segmentation_loss_in_float32(case):
-    """Resizing, the maximum, the sum of exponentials and the mean each err by some 12 eps of the largest logit plus log K at most."""
-    logits, auxiliary, labels, weight, ignore_index = case
-    exact, _ = plain.segmentation_loss(logits, None, labels, weight, ignore_index)
-    allowed = 64 * np.finfo(np.float32).eps * (2 * np.abs(logits).max() + np.log(logits.shape[1]))
-    single = logits.astype(np.float32)
-    value, vjp = plain.segmentation_loss(single, None, labels, weight, ignore_index)
-    assert value.dtype == vjp(1.0)[0].dtype == np.float32
-    assert abs(value - exact) <= allowed
-    assert abs(fast.segmentation_loss(torch.tensor(single), None, torch.tensor(labels), weight, ignore_index) - exact) <= allowed
-    half = torch.tensor(single).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        value = fast.segmentation_loss(half, None, torch.tensor(labels), weight, ignore_index)
-    assert value.dtype == torch.float32
-    assert value == fast.segmentation_loss(half.float(), None, torch.tensor(labels), weight, ignore_index)
-
-
-@pytest.mark.parametrize("form", [plain, fast])
-@pytest.mark.parametrize("wrong", [4, -1, 254])
-def test_a_label_that_is_no_class(form, wrong):
-    make = np.asarray if form is plain else torch.as_tensor
-    logits, labels = make(np.zeros((1, 4, 2, 2))), np.array([[[0, 255], [wrong, 3]]])
-    with pytest.raises(ValueError, match=f"labels hold {wrong}: expected a class from 0 to 3, or 255"):
-        form.segmentation_loss(logits, None, make(labels))
-    with pytest.raises(ValueError, match="dtype .*float64: expected integers"):
-        form.segmentation_loss(logits, None, make(labels.astype(float)))
-    with pytest.raises(ValueError, match=r"labels have shape \(2, 2, 2\)"):
-        form.segmentation_loss(logits, None, make(np.zeros((2, 2, 2), int)))

@@ -8,11 +8,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import reference.nn.conv2d_cython
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference.nn.conv2d_cython
 from reference import nn
 from reference.implementation import use
 from tests.equality import assert_same, check_vjp

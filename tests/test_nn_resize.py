@@ -104,7 +104,7 @@ def test_the_same_size_changes_nothing(name: str, dtype: Any) -> None:
 def test_aligned_corners_meet_exactly(n: int, out: int) -> None:
     axis = source_positions(n, out, True, np.dtype(np.float64))
     place = axis.before + axis.weight
-    assert place[0] == 0 and place[-1] == n - 1
+    np.testing.assert_array_equal(place[[0, -1]], [0, n - 1])
     np.testing.assert_allclose(np.diff(place), (n - 1) / (out - 1), rtol=1e-12)
 
 

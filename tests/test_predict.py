@@ -67,6 +67,10 @@ def files(tmp_path_factory: pytest.TempPathFactory, depth_model: Any, segmentati
     Image.fromarray(np.full((4, 5), np.nan, np.float32)).save(folder / "nan.tif")
     Image.new("1", (60_000, 200)).save(folder / "long.png")
     Image.new("1", (10_001, 10_000)).save(folder / "huge.png")
+    Image.fromarray(picture).save(folder / "damaged.tif", compression="tiff_lzw")
+    damaged = bytearray((folder / "damaged.tif").read_bytes())
+    damaged[500:2000] = bytes(1500)  # libtiff has much to say about it
+    (folder / "damaged.tif").write_bytes(damaged)
     return folder
 
 
@@ -270,10 +274,37 @@ def test_a_folder_without_permission_is_named(
     assert capsys.readouterr().err == f"error: {tmp_path}: no permission to write into this output folder\n"
 
 
+def test_a_bar_is_drawn_for_several_pictures_on_a_terminal(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    both, options = (
+        [files / "good.png", files / "also good.jpg"],
+        ["--weights", files / "depth.safetensors", "--output", tmp_path],
+    )
+    assert run(*both, *options) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run(*both, *options) == 0
+    assert "2/2" in capsys.readouterr().err
+    assert run(both[0], *options) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_the_command_as_people_type_it(files: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerated.predict", "good.png", "--weights", "depth.safetensors", "none.png", "--output"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerated.predict",
+        "damaged.tif",
+        "--weights",
+        "depth.safetensors",
+        "good.png",
+        "--output",
+    ]
     done = subprocess.run([*command, tmp_path], cwd=files, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["error: none.png: no such file", "error: 1 of 2 pictures could not be predicted"]
+    sentence, count = done.stderr.splitlines()
+    assert sentence.startswith("error: damaged.tif: cannot be read, or is damaged or cut short")
+    assert count == "error: 1 of 2 pictures could not be predicted"
     assert len(list(tmp_path.iterdir())) == 3
     assert done.stdout.startswith("good.png -> ")

@@ -104,6 +104,7 @@ def test_minimal_is_what_hugging_face_computes(height: int, width: int, sizes: t
         ((1, 1), "minimal", (384, 384)),
         ((1, 4000), "minimal", (32, 384)),
         ((2, 3), "minimal", (256, 384)),
+        ((768, 256), "minimal", (384, 128)),  # half or one and a half: a tie goes to the height
         ((12, 13), "minimal", (352, 384)),  # 354.46
         ((480, 500), "minimal", (384, 384)),  # 400 is 12.5 multiples: to the even 12
     ],

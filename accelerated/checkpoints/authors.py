@@ -6,7 +6,6 @@ older timm, whose weight standardisation divides by std + 1e-5: the configuratio
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,13 +92,14 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no weight file at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path} is no PyTorch state dict, is truncated, or holds more than tensors, which is never loaded: {reason}"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # which one, for a foreign file, depends on what its bytes happen to be taken for
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{path} is no PyTorch state dict, is truncated, or holds more than tensors, which is never loaded: {reason}"
+            ) from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):

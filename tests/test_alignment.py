@@ -1,4 +1,4 @@
-"""Alignment and metrics: medians, least squares, AbsRel, confusion and mIoU against their definitions."""
+"""Alignment: lower medians, clamped deviations and least squares, by hand, by definition, by differences, in both forms."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 import accelerated.alignment as fast
 import reference.alignment as plain
-from accelerated.metrics import abs_rel, aligned_depth, confusion, mean_iou
 from tests.equality import assert_same, check_vjp
-from tests.maps import batches, valid
+from tests.maps import batches
 
 SMALLEST = 1e-6  # paper.md: s is clamped here
 
@@ -67,7 +66,7 @@ def test_median_alignment_in_both_forms(maps, seed):
             assert np.ptp(source[m]) == 0 or np.isclose(np.abs(image[m]).mean(), 1, rtol=1e-12, atol=0)
 
 
-# ---- least squares --------------------------------------------------------------------------------------------------------------
+# ---- least squares -------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
@@ -140,97 +139,6 @@ def test_least_squares_alignment_vjp(maps, seed):
     other.backward(torch.tensor(daligned))
     assert_same(other.detach().numpy(), aligned)
     assert_same(leaf.grad.numpy(), vjp(daligned), scale=max(1.0, float(np.abs(vjp(daligned)).max())))
-    if all(m.sum() == 0 or np.ptp(p[m]) > 1 for p, m in zip(prediction, maps.mask, strict=True)):
+    # Excluded: images near constant, and two pixels, which are always fitted exactly (the gradient is 0, the difference noise).
+    if all(m.sum() == 0 or (m.sum() > 2 and np.ptp(p[m]) > 1) for p, m in zip(prediction, maps.mask, strict=True)):
         check_vjp(lambda p: plain.align_least_squares(p, maps.target, maps.mask), [prediction], rng)
-
-
-# ---- depth ----------------------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=40)
-@given(maps=batches(kinds=("normal",)), per_image=st.booleans())
-def test_abs_rel_after_alignment(maps, per_image):
-    mask, prediction = maps.mask, maps.prediction
-    depth = np.where(mask, np.exp(maps.target), np.random.default_rng(0).choice([0, np.nan, np.inf, -1], mask.shape))
-    caps = np.array([2.0, 3.0, 4.0][: len(mask)]) if per_image else np.full(len(mask), 2.5)
-    expected = []
-    for b, m in enumerate(mask):
-        d, z = prediction[b][m], depth[b][m]
-        if len(d) == 0:
-            expected.append(np.nan)
-            continue
-        # lstsq gives a single pixel the solution of least norm, which fits it too; a cap decides only through a value.
-        s, t = np.linalg.lstsq(np.stack([d, np.ones_like(d)], axis=1), 1 / z, rcond=None)[0]
-        aligned = [1 / max(s * x + t, 1 / caps[b]) for x in d]
-        expected.append(np.mean([abs(a - true) / true for a, true in zip(aligned, z, strict=True)]))
-    cap = torch.tensor(caps) if per_image else float(caps[0])
-    aligned = aligned_depth(*map(torch.tensor, (prediction, depth, mask)), cap)
-    actual = abs_rel(aligned, torch.tensor(depth), torch.tensor(mask)).numpy()
-    some = mask.any((1, 2))
-    assert (np.isnan(actual) == ~some).all()
-    assert_same(actual[some], np.array(expected)[some], scale=1.0)
-
-
-def test_aligned_depth_by_hand():
-    """Inverse depths 1, 1/2, 1/4 from predictions 5, 3, 2: s = 1/4, t = -1/4. Then 1 is at 1 / 0 and 0 behind: both at the cap."""
-    prediction = torch.tensor([[[5.0, 3.0, 2.0, 1.0, 0.0, 1.5, torch.nan]]], dtype=torch.float64)
-    depth = torch.tensor([[[1.0, 2.0, 4.0, torch.nan, 0.0, torch.inf, -1.0]]], dtype=torch.float64)
-    mask = torch.tensor([[[True, True, True, False, False, False, False]]])
-    z = aligned_depth(prediction, depth, mask, cap=6.0)
-    assert_same(z[..., :6].numpy(), np.array([[[1.0, 2, 4, 6, 6, 6]]]))
-    assert z[0, 0, 6].isnan()
-    assert abs_rel(torch.full_like(z, 3.0), depth, mask).item() == pytest.approx((2 + 0.5 + 0.25) / 3)
-    for cap in (0.0, -1.0, float("nan"), torch.tensor([-2.0])):
-        with pytest.raises(ValueError, match="expected a positive depth"):
-            aligned_depth(prediction, depth, mask, cap)
-
-
-def test_a_prediction_that_is_not_finite_is_not_hidden_by_the_cap():
-    prediction = torch.tensor([[[5.0, torch.nan, 2.0]], [[5.0, 3.0, 2.0]]])
-    depth = torch.tensor([[[1.0, 2.0, 4.0]]]).expand(2, 1, 3)
-    mask = torch.ones(2, 1, 3, dtype=torch.bool)
-    score = abs_rel(aligned_depth(prediction, depth, mask, 6.0), depth, mask)
-    assert score[0].isnan()
-    assert score[1] < 1e-5
-
-
-# ---- segmentation ---------------------------------------------------------------------------------------------------------------
-
-
-@given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
-    classes=st.integers(1, 6),
-    ignored=st.sampled_from(["none", "some", "all"]),
-    seed=st.integers(0, 999),
-)
-def test_confusion_and_mean_iou(shape, classes, ignored, seed):
-    rng = np.random.default_rng(seed)
-    labels, predicted = rng.integers(0, classes, (2, *shape))
-    labels[valid(ignored, shape[1:], rng)[None].repeat(shape[0], 0)] = 255
-    matrix = confusion(torch.tensor(predicted), torch.tensor(labels), classes)
-    expected = np.zeros((classes, classes), np.int64)
-    for truth, guess in zip(labels.ravel(), predicted.ravel(), strict=True):
-        if truth != 255:
-            expected[truth, guess] += 1
-    assert (matrix.numpy() == expected).all()
-    keep = labels != 255
-    ious = []
-    for k in range(classes):
-        a, b = (labels == k) & keep, (predicted == k) & keep
-        if (a | b).any():
-            ious.append((a & b).sum() / (a | b).sum())
-    if ious:
-        assert_same(mean_iou(matrix).numpy(), np.mean(ious))
-    else:
-        assert mean_iou(matrix).isnan()
-
-
-def test_confusion_names_a_value_that_is_no_class():
-    labels = torch.tensor([[[0, 1], [255, 2]]])
-    with pytest.raises(ValueError, match="labels hold 2: expected a class from 0 to 1"):
-        confusion(labels % 2, labels, 2)
-    for wrong in (3, -1):
-        with pytest.raises(ValueError, match=f"predicted holds {wrong}: expected a class from 0 to 2"):
-            confusion(torch.full_like(labels, wrong), labels, 3)
-    with pytest.raises(ValueError, match=r"predicted has shape \(1, 2, 1\): expected \(1, 2, 2\)"):
-        confusion(labels[:, :, :1], labels, 3)

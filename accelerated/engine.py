@@ -6,15 +6,16 @@ Images are kept as (N, H, W, 3) uint8 and become (B, 3, H, W) in channels-last m
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.lr_scheduler import LambdaLR
 
 from accelerated.augment import cut, jitter_colors, normalize, random_windows
 from accelerated.comparison import compare
@@ -39,90 +40,99 @@ class Scenes(NamedTuple):
     target: Tensor  # (N, H, W)
 
 
+class Run(NamedTuple):
+    """What every part of a run goes by."""
+
+    recipe: Recipe
+    task: Task
+    device: Device
+    folder: RunFolder
+
+
 def train(recipe: Recipe, folder: RunFolder, cache: Path, threads: int) -> dict[str, Any]:
     """Carry out `recipe` and return its results, which `folder` then holds with everything else.
 
-    Raises RecipeError for a recipe that cannot be carried out, RunError where the loss or its gradient is not finite (the folder
-    keeps the weights of the step before), OSError for files that cannot be written.
+    `cache` is the folder of the rendered scenes, `threads` as in `choose_device`. Raises RecipeError for a recipe that cannot be
+    carried out, RunError where the loss or its gradient is not finite (the folder keeps the weights from before that step),
+    OSError for files that cannot be written.
     """
-    device = choose_device(threads)
+    run = Run(recipe, TASKS[recipe.task](recipe), choose_device(threads), folder)
     torch.manual_seed(recipe.seed)
-    task = TASKS[recipe.task](recipe)
-    model = build_model(task, recipe).to(device.device, memory_format=torch.channels_last)
+    model = build_model(run)
     folder.start(recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{recipe.task}: {recipe.model}, {parameters / 1e6:.1f} M parameters; {device.words}; into {folder.path}", flush=True)
+    print(
+        f"{recipe.task}: {recipe.model}, {parameters / 1e6:.1f} M parameters; {run.device.words}; into {folder.path}", flush=True
+    )
 
-    training, validation, held_out = load_splits(task, recipe, cache, device)
-    with Log(folder) as log, TrainingProgress(recipe.steps, task.metric) as progress:
-        average = optimize(model, task, recipe, training, validation, device, folder, log, progress)
+    training, validation, held_out = load_splits(run, cache)
+    average, rows = optimize(run, model, training, validation)
 
-    prediction = predict(task, average, held_out.image, device._replace(dtype=torch.float32))
-    comparison = compare(task, recipe, prediction, held_out.target.cpu(), training.target.cpu())
+    exactly = run._replace(device=run.device._replace(dtype=torch.float32))
+    prediction = predict(exactly, average, held_out.image)
+    comparison = compare(run.task, recipe, prediction, held_out.target.cpu(), training.target.cpu())
     folder.save_weights(average)
-    draw(task, folder, held_out, prediction, log.rows, comparison.others)
-    results = {**comparison.as_dict(), "parameters": parameters, "device": device.words, "torch": torch.__version__}
+    first = (held_out.image[:PANELS], held_out.target[:PANELS], prediction[:PANELS])
+    folder.save_figure(folder.panels, run.task.panels(*(tensor.cpu().numpy() for tensor in first)))
+    folder.save_figure(folder.curve, learning_curve(rows, comparison.metric, comparison.others))
+    results = {**comparison.as_dict(), "parameters": parameters, "device": run.device.words, "torch": torch.__version__}
     folder.write_results(results)
     return results
 
 
-def optimize(
-    model: DPT,
-    task: Task,
-    recipe: Recipe,
-    training: Scenes,
-    validation: Scenes,
-    device: Device,
-    folder: RunFolder,
-    log: Log,
-    progress: TrainingProgress,
-) -> DPT:
-    """Take the recipe's steps and return the running average of the weights, which is saved at every validation."""
+def optimize(run: Run, model: DPT, training: Scenes, validation: Scenes) -> tuple[DPT, list[dict[str, float]]]:
+    """Take the recipe's steps; return the running average of the weights, saved at every validation, and the log's rows."""
+    recipe, task = run.recipe, run.task
     optimizer = make_optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
-    averaged = AveragedModel(model, multi_avg_fn=moving_average(recipe.average_decay), use_buffers=True)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
+    average = copy.deepcopy(model).requires_grad_(False)
+    averaged, current = list(average.state_dict().values()), list(model.state_dict().values())
     generator = torch.Generator().manual_seed(recipe.seed)
     losses: list[float] = []
     started = last = time.monotonic()
-    for step, indices in enumerate(batches(len(training.image), recipe, generator), start=1):
-        image, target = augmented(training, indices, model, recipe, generator)
-        with device.autocast():
-            output = model(image)
-        loss = task.loss(output, target, (step - 1) / recipe.steps)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]) or not math.isfinite(norm.item()):
-            folder.save_weights(averaged.module)
-            raise RunError(
-                f"stopped at step {step}: the loss is {losses[-1]:g} and the norm of its gradient {norm.item():g}, on training "
-                f"scenes {indices.tolist()}; {folder.weights} holds the weights from before that step"
-            )
-        optimizer.step()
-        schedule.step()
-        averaged.update_parameters(model)
+    with Log(run.folder) as log, TrainingProgress(recipe.steps, task.metric) as progress:
+        for step, indices in enumerate(batches(len(training.image), recipe, generator), start=1):
+            image, target = augmented(training, indices, model, recipe, generator)
+            with run.device.autocast():
+                output = model(image)
+            loss = task.loss(output, target, (step - 1) / recipe.steps)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]) or not math.isfinite(norm.item()):
+                run.folder.save_weights(average)
+                raise RunError(
+                    f"stopped at step {step}: the loss is {losses[-1]:g} and the norm of its gradient {norm.item():g}, on "
+                    f"training scenes {indices.tolist()}; {run.folder.weights} holds the weights from before that step"
+                )
+            optimizer.step()
+            schedule.step()
+            move_average(averaged, current, step, recipe.average_decay)
 
-        validates = is_mark(step, recipe.steps, recipe.validations)
-        if validates or is_mark(step, recipe.steps, REPORTS):
-            now = time.monotonic()
-            images_per_second = len(losses) * recipe.batch_size / (now - last)
-            score = math.nan
-            if validates:
-                score = task.score(predict(task, averaged.module, validation.image, device), validation.target.cpu())
-                folder.save_weights(averaged.module)
-            mean_loss = sum(losses) / len(losses)
-            rates = schedule.get_last_lr()
-            log.row(step, now - started, mean_loss, score, images_per_second, *rates)
-            progress.update(step, mean_loss, score, images_per_second)
-            losses, last = [], time.monotonic()
-    return averaged.module
+            validates = is_mark(step, recipe.steps, recipe.validations)
+            if validates or is_mark(step, recipe.steps, REPORTS):
+                now = time.monotonic()
+                images_per_second, mean_loss = len(losses) * recipe.batch_size / (now - last), sum(losses) / len(losses)
+                score = math.nan
+                if validates:
+                    score = task.score(predict(run, average, validation.image), validation.target.cpu())
+                    run.folder.save_weights(average)
+                backbone_rate, decoder_rate = (float(group["lr"]) for group in optimizer.param_groups)
+                log.row(step, now - started, mean_loss, score, images_per_second, backbone_rate, decoder_rate)
+                progress.update(step, mean_loss, score, images_per_second)
+                losses, last = [], time.monotonic()
+    return average, log.rows
 
 
-def build_model(task: Task, recipe: Recipe) -> DPT:
-    """Return the recipe's model, in training mode. Raises RecipeError where there is none or the crop or size do not fit it."""
+def build_model(run: Run) -> DPT:
+    """Return the recipe's model, new, in training mode, on the device, its convolutions' weights channels last.
+
+    Raises RecipeError where there is no such model, or where the crop or the size of the scenes do not fit it.
+    """
+    recipe = run.recipe
     try:
-        model = task.create_model()
+        model = run.task.create_model()
     except ValueError as error:
         raise RecipeError(f"model = {recipe.model!r} does not fit: {error}") from error
     for key, value in (("size", recipe.size), ("crop", recipe.crop)):
@@ -130,19 +140,22 @@ def build_model(task: Task, recipe: Recipe) -> DPT:
             raise RecipeError(f"{key} = {value} does not fit: expected a multiple of the patch size, {model.patch_size}")
     if recipe.crop > recipe.size:
         raise RecipeError(f"crop = {recipe.crop} does not fit: expected at most the size of the scenes, {recipe.size}")
+    model.to(run.device.device)
+    model.to(memory_format=torch.channels_last)
     return model
 
 
-def load_splits(task: Task, recipe: Recipe, cache: Path, device: Device) -> tuple[Scenes, Scenes, Scenes]:
+def load_splits(run: Run, cache: Path) -> tuple[Scenes, Scenes, Scenes]:
     """Render or reuse the scenes: those learnt from, those of the same seed that validate, and the held-out ones.
 
     They are copied out of the cache's files, which are mapped: a file that vanishes during the run must not end it.
     """
+    recipe, task, device = run.recipe, run.task, run.device.device
     count = recipe.training_scenes
     seen = load_scenes(TRAIN_SEED, count + recipe.validation_scenes, size=recipe.size, cache=cache)
     unseen = load_scenes(HELD_OUT_SEED, recipe.held_out_scenes, size=recipe.size, cache=cache)
-    image, target = torch.tensor(seen.image, device=device.device), task.targets(seen).to(device.device)
-    held_out = Scenes(torch.tensor(unseen.image, device=device.device), task.targets(unseen).to(device.device))
+    image, target = torch.tensor(seen.image, device=device), task.targets(seen).to(device)
+    held_out = Scenes(torch.tensor(unseen.image, device=device), task.targets(unseen).to(device))
     return Scenes(image[:count], target[:count]), Scenes(image[count:], target[count:]), held_out
 
 
@@ -163,15 +176,12 @@ def learning_rate_factor(step: int, recipe: Recipe) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(recipe.steps - warmup, 1)))
 
 
-def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    """Return the update of a running average of tensors, shorter at first: decay min(decay, (1 + n) / (10 + n)) at step n."""
+def move_average(averaged: list[Tensor], current: list[Tensor], step: int, decay: float) -> None:
+    """Move a running average of tensors towards their current values, in place.
 
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        n = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
+    After `step` steps it remembers min(decay, (1 + step) / (10 + step)) of itself: little of the random beginning.
+    """
+    torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + step) / (10 + step)))
 
 
 def batches(count: int, recipe: Recipe, generator: torch.Generator) -> Iterator[Tensor]:
@@ -184,11 +194,10 @@ def batches(count: int, recipe: Recipe, generator: torch.Generator) -> Iterator[
         queue = queue[recipe.batch_size :]
 
 
-def augmented(
-    scenes: Scenes, indices: Tensor, model: DPT, recipe: Recipe, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def augmented(scenes: Scenes, indices: Tensor, model: DPT, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return a batch as the model reads it: image (B, 3, crop, crop) float32 normalised, target (B, crop, crop)."""
-    windows = random_windows(indices, scenes.target.shape[1:], recipe.crop, recipe.flip, generator)
+    _, height, width = scenes.target.shape
+    windows = random_windows(indices, (height, width), recipe.crop, recipe.flip, generator)
     image = cut(scenes.image, windows).permute(0, 3, 1, 2).float() / 255
     image = jitter_colors(image, recipe.color_jitter, generator)
     return normalize(image, model.config["image_mean"], model.config["image_std"]), cut(scenes.target, windows)
@@ -201,28 +210,14 @@ def is_mark(step: int, steps: int, marks: int) -> bool:
 
 
 @torch.inference_mode()
-def predict(task: Task, model: DPT, image: Tensor, device: Device) -> Tensor:
+def predict(run: Run, model: DPT, image: Tensor) -> Tensor:
     """Return the task's predictions (N, H, W), on the CPU, for images (N, H, W, 3) uint8; the model's mode is kept."""
     training = model.training
     model.eval()
     parts = []
     for chunk in image.split(CHUNK):
         batch = normalize(chunk.permute(0, 3, 1, 2).float() / 255, model.config["image_mean"], model.config["image_std"])
-        with device.autocast():
-            parts.append(task.prediction(model(batch)).cpu())
+        with run.device.autocast():
+            parts.append(run.task.prediction(model(batch)).cpu())
     model.train(training)
     return torch.cat(parts)
-
-
-def draw(
-    task: Task,
-    folder: RunFolder,
-    held_out: Scenes,
-    prediction: Tensor,
-    rows: list[dict[str, float]],
-    others: dict[str, float],
-) -> None:
-    """Leave the two pictures in the folder: panels of the first held-out scenes, and the learning curve."""
-    first = (held_out.image[:PANELS], held_out.target[:PANELS], prediction[:PANELS])
-    folder.save_figure(folder.panels, task.panels(*(tensor.cpu().numpy() for tensor in first)))
-    folder.save_figure(folder.curve, learning_curve(rows, task.metric, others))

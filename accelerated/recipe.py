@@ -36,7 +36,7 @@ class RecipeError(ValueError):
 class Recipe(BaseModel):
     """Everything that decides the weights a run ends with."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     task: Literal["depth", "segmentation"] = Field("depth", description="what the model learns to predict")
     model: str = Field("dpt_tiny", description="configuration of the model: a name in accelerated.CONFIGS")
@@ -117,9 +117,8 @@ class CommandLine(Recipe, BaseSettings):
     name: str = Field("", pattern=r"^(\w[\w.-]*)?$", description="name of the run's folder; the recipe's own name unless given")
     runs: Path = Field(Path("runs"), description="folder that holds the runs")
     cache: Path = Field(Path("cache/scenes"), description="folder that keeps the rendered scenes")
-    overwrite: bool = Field(
-        False, description="train again although the run's folder holds a finished run or one of another recipe"
-    )
+    threads: int = Field(0, ge=0, description="CPU threads that train; 0: one per core this process may use")
+    overwrite: bool = Field(False, description="train although the run's folder holds a finished run, or another recipe's")
 
     @classmethod
     def settings_customise_sources(

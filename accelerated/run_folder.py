@@ -1,11 +1,11 @@
 """The folder of one training run: what is in it, and how it gets there without ever holding half a file.
 
-    recipe.yaml            every key of the recipe as it ran
-    weights.safetensors    the averaged weights with the configuration, replaced at every validation
-    metrics.csv            one row per report: step, seconds, loss, validation, images_per_second and both learning rates
-    events.out.tfevents.*  the same for TensorBoard
-    learning_curve.png, panels.png
-    results.json           the comparison; written last, so a folder that has it holds a finished run
+- recipe.yaml: every key of the recipe as it ran
+- weights.safetensors: the averaged weights with the configuration, replaced at every validation
+- metrics.csv: one row per report: step, seconds, loss, validation, images_per_second and both learning rates
+- events.out.tfevents.*: the same for TensorBoard
+- learning_curve.png, panels.png
+- results.json: the comparison; written last, so a folder that has it holds a finished run
 """
 
 from __future__ import annotations

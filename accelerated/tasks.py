@@ -6,7 +6,7 @@ depth up to scale and shift, or class ids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
@@ -59,8 +59,8 @@ class Task(Protocol):
 class Depth:
     """Inverse depth up to scale and shift, by the paper's loss (section 4)."""
 
-    metric = "AbsRel"
-    smaller_is_better = True
+    metric: ClassVar[str] = "AbsRel"
+    smaller_is_better: ClassVar[bool] = True
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -99,8 +99,8 @@ class Depth:
 class Segment:
     """The class of every pixel, by cross-entropy with an auxiliary head (section 5.2)."""
 
-    metric = "mIoU"
-    smaller_is_better = False
+    metric: ClassVar[str] = "mIoU"
+    smaller_is_better: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -133,7 +133,7 @@ class Segment:
         return panels.segmentation_panels(images, target, prediction, CLASSES)
 
 
-TASKS = {"depth": Depth, "segmentation": Segment}
+TASKS: Mapping[str, Callable[[Recipe], Task]] = {"depth": Depth, "segmentation": Segment}
 
 
 def inverse_depth(depth: Tensor) -> tuple[Tensor, Tensor]:

@@ -164,7 +164,7 @@ import_all("accelerated")
 
 
 def test_inference_needs_no_optional_package():
-    optional = "mitsuba drjit pydantic pydantic_settings tensorboard transformers sklearn cv2 scipy cupy webdataset"
+    optional = "mitsuba drjit pydantic pydantic_settings rich tensorboard transformers sklearn cv2 scipy cupy webdataset"
     run(f"""
 absent = set({optional.split()})
 {WITHOUT}

@@ -34,6 +34,7 @@ SHAPES = {
     "linear scalar": (lambda: nn.linear(np.ones(()), np.ones((4, 3))), r"x has shape \(\)"),
     "layer_norm weight": (lambda: nn.layer_norm(X, FOUR, FOUR, 1e-6), r"weight has shape \(4,\): expected \(5,\)"),
     "layer_norm bias": (lambda: nn.layer_norm(X, np.ones(5), FOUR, 1e-6), r"bias has shape \(4,\): expected \(5,\)"),
+    "matmul": (lambda: nn.matmul(X, W), r"a has shape \(1, 4, 6, 5\) and b \(2, 4, 3, 3\)"),
     "softmax axis": (lambda: nn.softmax(X, 4), r"axis is 4 but x has shape \(1, 4, 6, 5\)"),
     "conv2d rank": (lambda: conv2d(x=X[0]), r"x has shape \(4, 6, 5\): expected \(B, C, H, W\)"),
     "conv2d channels": (
@@ -90,6 +91,7 @@ def whole(*shape: int) -> np.ndarray:
 DTYPES = {
     "linear": (lambda: nn.linear(whole(2, 3), np.ones((4, 3))), r"linear: x has dtype int64 and shape \(2, 3\)"),
     "layer_norm": (lambda: nn.layer_norm(X, np.ones(5), whole(5), 1e-6), r"layer_norm: bias has dtype int64"),
+    "matmul": (lambda: nn.matmul(X, whole(1, 4, 5, 2)), r"matmul: b has dtype int64"),
     "gelu": (lambda: nn.gelu(X.astype(np.float16)), r"gelu: x has dtype float16"),
     "softmax": (lambda: nn.softmax(X.astype(">f8")), r"softmax: x has dtype >f8"),
     "relu": (lambda: nn.relu([1.0, 2.0]), r"relu: x has list"),  # type: ignore[arg-type]
@@ -119,6 +121,7 @@ VJPS = {
     "gelu": lambda: nn.gelu(X),
     "softmax": lambda: nn.softmax(X),
     "relu": lambda: nn.relu(X),
+    "matmul": lambda: nn.matmul(X, X.swapaxes(-1, -2)),
     "conv2d": conv2d,
     "conv_transpose2d": transpose,
     "resize_bilinear": lambda: nn.resize_bilinear(X, (3, 3), False),

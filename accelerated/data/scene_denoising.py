@@ -2,7 +2,7 @@
 
 The light that falls on a surface varies slowly along it, its texture does not. So the picture is divided by the surfaces'
 reflectance, smoothed along each surface (an edge-avoiding a-trous wavelet: Dammertz et al., High Performance Graphics 2010),
-and multiplied by the reflectance again. All arrays are (S, S, 3) float, of the same samples as the picture.
+and multiplied by the reflectance again. All arrays are (S, S, 3) float, filtered like the picture.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def without_sparks(light: np.ndarray) -> np.ndarray:
     return light * np.minimum(1.0, limit / np.maximum(brightness, 1e-6))[..., None]
 
 
-def smoothed(light: np.ndarray, normal: np.ndarray, point: np.ndarray, distance: np.ndarray, step: int, tolerance: float) -> np.ndarray:
+def smoothed(
+    light: np.ndarray, normal: np.ndarray, point: np.ndarray, distance: np.ndarray, step: int, tolerance: float
+) -> np.ndarray:
     """The mean over the 5 x 5 pixels `step` apart that lie in a pixel's plane, face its way and are about as bright."""
     near = neighbours(light.sum(-1), 1)
     brightness = np.log(sum(near(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)) + 1e-3) / tolerance
@@ -43,7 +45,8 @@ def smoothed(light: np.ndarray, normal: np.ndarray, point: np.ndarray, distance:
             its_light, its_normal, its_point, its_brightness, hit = (other(dy * step, dx * step) for other in others)
             off_plane = (np.einsum("ijc,ijc->ij", its_point, normal) - plane) * scale
             turned = np.abs(1 - np.einsum("ijc,ijc->ij", its_normal, normal))
-            weight = hit * SPLINE[dy + 2] * SPLINE[dx + 2] * np.exp(-(off_plane**2) - 8 * turned - (its_brightness - brightness) ** 2)
+            unlike = off_plane**2 + 8 * turned + (its_brightness - brightness) ** 2
+            weight = hit * SPLINE[dy + 2] * SPLINE[dx + 2] * np.exp(-unlike)
             total += weight[..., None] * its_light
             weights += weight
     return np.where(weights[..., None] > 1e-6, total / np.maximum(weights, 1e-6)[..., None], light)
@@ -54,6 +57,6 @@ def denoised(radiance: np.ndarray, albedo: np.ndarray, normal: np.ndarray, point
     `distance` (S, S) metres from the camera (0: nothing hit, left alone)."""
     reflectance = albedo + FLOOR
     light = without_sparks(radiance / reflectance)
-    for step, tolerance in ((1, 1.0), (2, 0.5)):
+    for step, tolerance in ((1, 1.2), (2, 0.8), (4, 0.4)):
         light = smoothed(light, normal, point, distance, step, tolerance)
     return np.where(distance[..., None] > 0, light * reflectance, radiance)

@@ -1,7 +1,7 @@
 """What a rendered scene is, as plain data: no renderer is needed to make, inspect or test one.
 
 The paper trains on photographs that cannot be shipped with code (Section 4.1); this project's demonstrations train on
-scenes made here instead. A `Scene description` is a camera, a list of labelled parts and lights. Units are metres, z is
+scenes made here instead. A `SceneDescription` is a camera, a list of labelled parts and lights. Units are metres, z is
 up, colours are linear reflectances or radiances, angles are radians. `scene_rooms` and `scene_stages` draw descriptions
 at random, `scene_rendering` turns one into image (S, S, 3), depth (S, S) and class (S, S).
 """
@@ -36,6 +36,8 @@ CLASSES: tuple[str, ...] = (
 SKY = CLASSES.index("sky")
 
 Colour = tuple[float, float, float]
+Point = tuple[float, float, float]
+MeshArrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # vertices (V, 3), faces (F, 3), uv (V, 2) in metres
 
 
 class Material(NamedTuple):
@@ -51,8 +53,8 @@ class Material(NamedTuple):
 
 class Part(NamedTuple):
     """One shape of one class. `kind` is mesh with vertices (V, 3), faces (F, 3) and texture coordinates uv (V, 2) in metres, or
-    sphere (of radius 1), cylinder (radius 1, 0..1 along z), disk (radius 1), whose texture coordinates 0..1 span `extent` metres;
-    `to_world` (4, 4) places it; `emission` (radiance) makes it a light."""
+    sphere (of radius 1) whose texture coordinates 0..1 span `extent` metres; `to_world` (4, 4) places it; `emission` (radiance)
+    makes it a light."""
 
     kind: str
     label: str
@@ -69,7 +71,7 @@ class Camera(NamedTuple):
     """A pinhole at `position`; yaw turns about z (0 looks along +y, positive to the left), pitch is positive upwards, roll
     about the optical axis; `fov` is the full angle across the (square) image."""
 
-    position: tuple[float, float, float]
+    position: Point
     yaw: float
     pitch: float
     roll: float
@@ -77,7 +79,8 @@ class Camera(NamedTuple):
 
     def axes(self) -> np.ndarray:
         """(3, 3): the image's left, its up, and the optical axis, as rows, in world coordinates."""
-        forward = np.array([-math.sin(self.yaw) * math.cos(self.pitch), math.cos(self.yaw) * math.cos(self.pitch), math.sin(self.pitch)])
+        level = math.cos(self.pitch)
+        forward = np.array([-math.sin(self.yaw) * level, math.cos(self.yaw) * level, math.sin(self.pitch)])
         left = np.array([-math.cos(self.yaw), -math.sin(self.yaw), 0.0])
         up = np.cross(forward, left)
         c, s = math.cos(self.roll), math.sin(self.roll)
@@ -85,12 +88,12 @@ class Camera(NamedTuple):
 
 
 class Sun(NamedTuple):
-    direction: tuple[float, float, float]  # the way its light travels
+    direction: Point  # the way its light travels
     irradiance: Colour
 
 
 class Bulb(NamedTuple):
-    position: tuple[float, float, float]
+    position: Point
     intensity: Colour
 
 
@@ -105,6 +108,23 @@ class SceneDescription(NamedTuple):
     sun: Sun | None = None
     bulbs: tuple[Bulb, ...] = ()
     exposure: float = 0.2
+
+
+class Scene(NamedTuple):
+    """image (S, S, 3) uint8 sRGB; depth (S, S) float32, metres along the optical axis, 0 where nothing is hit; label (S, S)
+    uint8, index into CLASSES."""
+
+    image: np.ndarray
+    depth: np.ndarray
+    label: np.ndarray
+
+
+class SceneArrays(NamedTuple):
+    """N scenes: image (N, S, S, 3) uint8 sRGB; depth (N, S, S) float32 metres, 0 where invalid; label (N, S, S) uint8."""
+
+    image: np.ndarray
+    depth: np.ndarray
+    label: np.ndarray
 
 
 class Thing(NamedTuple):
@@ -139,17 +159,17 @@ def placed(thing: Thing, x: float, y: float, z: float = 0.0, heading: float = 0.
     return [part._replace(to_world=move @ part.to_world) for part in thing.parts]
 
 
-def panels(corners: np.ndarray, us: np.ndarray, vs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vertices (4n, 3), faces (2n, 3) and uv (4n, 2) in metres of n parallelograms corner + a u + b v, 0 <= a, b <= 1, each (n, 3)."""
+def panels(corners: np.ndarray, us: np.ndarray, vs: np.ndarray) -> MeshArrays:
+    """The n parallelograms corner + a u + b v, 0 <= a, b <= 1; corners, us and vs are (n, 3)."""
     vertices = np.stack([corners, corners + us, corners + us + vs, corners + vs], 1)
     width, height = np.linalg.norm(us, axis=1)[:, None], np.linalg.norm(vs, axis=1)[:, None]
     uv = np.stack([width * [0, 1, 1, 0], height * [0, 0, 1, 1]], -1)
     first = 4 * np.arange(len(corners))[:, None]
-    faces = np.concatenate([first + [0, 1, 2], first + [0, 2, 3]])
+    faces = np.concatenate([first + np.array([0, 1, 2]), first + np.array([0, 2, 3])])
     return vertices.reshape(-1, 3), faces, uv.reshape(-1, 2)
 
 
-def mesh(label: str, material: Material, shape: tuple[np.ndarray, np.ndarray, np.ndarray], to_world: np.ndarray | None = None) -> Part:
+def mesh(label: str, material: Material, shape: MeshArrays, to_world: np.ndarray | None = None) -> Part:
     vertices, faces, uv = shape
     return Part("mesh", label, np.eye(4) if to_world is None else to_world, material, vertices=vertices, faces=faces, uv=uv)
 
@@ -159,7 +179,7 @@ def panel(label: str, material: Material, corner: np.ndarray, u: np.ndarray, v: 
     return mesh(label, material, panels(corner[None], u[None], v[None]))
 
 
-def block(label: str, material: Material, size: tuple[float, float, float], centre: tuple[float, float, float]) -> Part:
+def block(label: str, material: Material, size: Point, centre: Point) -> Part:
     """An axis-aligned cuboid of `size` metres."""
     x, y, z = np.diag(np.asarray(size, float))
     low = np.asarray(centre) - (x + y + z) / 2
@@ -167,16 +187,8 @@ def block(label: str, material: Material, size: tuple[float, float, float], cent
     return mesh(label, material, panels(corners, np.stack([x, y, -x, -y, x, x]), np.stack([z, z, z, z, y, y])))
 
 
-def ball(label: str, material: Material, radius: float, centre: tuple[float, float, float]) -> Part:
+def ball(label: str, material: Material, radius: float, centre: Point) -> Part:
     return Part("sphere", label, translation(*centre) @ scaling(radius, radius, radius), material, (6.0 * radius, 3.0 * radius))
-
-
-def column(label: str, material: Material, radius: float, height: float, base: tuple[float, float, float]) -> list[Part]:
-    """An upright cylinder, closed at the top."""
-    bx, by, bz = base
-    side = Part("cylinder", label, translation(*base) @ scaling(radius, radius, height), material, (6.0 * radius, height))
-    top = Part("disk", label, translation(bx, by, bz + height) @ scaling(radius, radius, 1.0), material)
-    return [side, top]
 
 
 def grid_faces(rows: int, columns: int) -> np.ndarray:
@@ -186,16 +198,16 @@ def grid_faces(rows: int, columns: int) -> np.ndarray:
     return np.concatenate([np.stack([first, below + 1, first + 1], -1), np.stack([first, below, below + 1], -1)])
 
 
-def spire(label: str, material: Material, radius: float, height: float, base: tuple[float, float, float], top: float = 0.0) -> Part:
-    """An upright cone of 16 sides, its top of radius `top` left open."""
-    angle = np.linspace(0.0, 2 * np.pi, 17)
+def spire(label: str, material: Material, radius: float, height: float, base: Point, top: float = 0.0) -> Part:
+    """An upright cone of 24 sides, its top of radius `top` left open."""
+    angle = np.linspace(0.0, 2 * np.pi, 25)
     ring = np.stack([np.cos(angle), np.sin(angle), 0 * angle], -1)
     vertices = np.concatenate([radius * ring, top * ring + [0, 0, height]])
     uv = np.concatenate([np.stack([radius * angle, 0 * angle], -1), np.stack([radius * angle, height + 0 * angle], -1)])
-    return mesh(label, material, (vertices, grid_faces(2, 17), uv), translation(*base))
+    return mesh(label, material, (vertices, grid_faces(2, 25), uv), translation(*base))
 
 
-def cloud(label: str, material: Material, radius: float, centre: tuple[float, float, float], bumps: np.ndarray) -> Part:
+def cloud(label: str, material: Material, radius: float, centre: Point, bumps: np.ndarray) -> Part:
     """A ball whose radius is multiplied by `bumps` (rows, columns), latitude by longitude."""
     rows, columns = bumps.shape
     theta, phi = np.linspace(0, np.pi, rows)[:, None], np.linspace(0, 2 * np.pi, columns)[None]
@@ -205,3 +217,10 @@ def cloud(label: str, material: Material, radius: float, centre: tuple[float, fl
     uv = radius * np.stack([4 * phi + 0 * theta, 3 * theta + 0 * phi], -1)
     vertices = radius * reach[..., None] * directions
     return mesh(label, material, (vertices.reshape(-1, 3), grid_faces(rows, columns), uv.reshape(-1, 2)), translation(*centre))
+
+
+def column(label: str, material: Material, radius: float, height: float, base: Point) -> list[Part]:
+    """An upright cylinder, closed at the top."""
+    bx, by, bz = base
+    lid = spire(label, material, radius, 0.0, (bx, by, bz + height))
+    return [spire(label, material, radius, height, base, radius), lid]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,7 +17,10 @@ from accelerated.data.scene_description import Colour, Material, Sun
 SIDE = 64
 
 
-def colour(rng: np.random.Generator, saturation: tuple[float, float] = (0.1, 0.8), value: tuple[float, float] = (0.25, 0.85)) -> Colour:
+Range = tuple[float, float]
+
+
+def colour(rng: np.random.Generator, saturation: Range = (0.1, 0.8), value: Range = (0.25, 0.85)) -> Colour:
     red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
     return red**1.6, green**1.6, blue**1.6
 
@@ -50,7 +54,8 @@ def bricks(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
     shifted = (column + 16 * (course % 2)) % SIDE
     mortar = (row % 16 < 2) | (shifted % 32 < 2)
     shade = rng.uniform(0.75, 1.1, (4, 2))[course, shifted // 32]
-    return np.where(mortar[..., None], np.float32(0.55), mixed(np.full((SIDE, SIDE), 0.15), a, b) * shade[..., None]).astype(np.float32)
+    clay = mixed(np.full((SIDE, SIDE), 0.15), a, b) * shade[..., None]
+    return np.where(mortar[..., None], np.float32(0.55), clay).astype(np.float32)
 
 
 def planks(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
@@ -59,7 +64,7 @@ def planks(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
     shade = rng.uniform(0.7, 1.1, 4)[row // 16][:, None, None]
     joint = (row % 16 == 0)[:, None, None]
     brown = (0.38, 0.2, 0.09)
-    dark = tuple(0.55 * channel for channel in brown)
+    dark = (0.55 * 0.38, 0.55 * 0.2, 0.55 * 0.09)
     return np.where(joint, np.float32(0.06), mixed(grain, brown, dark) * shade).astype(np.float32)
 
 
@@ -78,21 +83,26 @@ def mottled(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
     return mixed(noise(rng, slope=rng.uniform(0.3, 1.2)), a, b)
 
 
-PATTERNS = (checker, stripes, bricks, planks, tiles, spots, mottled)
+Pattern = Callable[[np.random.Generator, Colour, Colour], np.ndarray]
+PATTERNS: tuple[Pattern, ...] = (checker, stripes, bricks, planks, tiles, spots, mottled)
 
 
-def textured(rng: np.random.Generator, patterns=PATTERNS, metres: tuple[float, float] = (0.4, 1.2), value=(0.25, 0.85)) -> Material:
+def textured(
+    rng: np.random.Generator, patterns: Sequence[Pattern] = PATTERNS, metres: Range = (0.4, 1.2), value: Range = (0.25, 0.85)
+) -> Material:
+    """A diffuse surface with one of the patterns in two colours, often two shades of one."""
     pattern = patterns[rng.integers(len(patterns))]
     first = colour(rng, value=value)
     factor = rng.uniform(0.35, 0.7)
-    second = tuple(factor * channel for channel in first) if rng.random() < 0.6 else colour(rng, value=value)
+    shade = (factor * first[0], factor * first[1], factor * first[2])
+    second = shade if rng.random() < 0.6 else colour(rng, value=value)
     return Material("diffuse", first, pixels=pattern(rng, first, second), metres=rng.uniform(*metres))
 
 
 def palette(rng: np.random.Generator, count: int = 7) -> list[Material]:
     """The materials that one scene's objects share: plain, textured, one rough plastic (slow to set up), one metal."""
     materials = [Material("diffuse", colour(rng)) if rng.random() < 0.55 else textured(rng) for _ in range(count)]
-    if rng.random() < 0.6:
+    if rng.random() < 0.4:
         materials.append(Material("plastic", colour(rng, (0.4, 0.9)), rng.uniform(0.08, 0.3)))
     if rng.random() < 0.4:
         materials.append(Material("metal", colour(rng, (0.0, 0.35), (0.7, 0.95)), rng.uniform(0.15, 0.4)))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from accelerated.data.scene_description import Camera, Material, Part, Thing, ball, block, cloud, column, mesh, placed, spire
+from accelerated.data.scene_description import Camera, Material, Thing, ball, block, cloud, column, mesh, placed, spire
 from accelerated.data.scene_materials import colour, mottled
 
 Palette = list[Material]
@@ -121,7 +121,8 @@ def tree(rng: np.random.Generator, palette: Palette, scale: float = 1.0) -> Thin
     crown = rng.uniform(0.18, 0.28) * height
     for _ in range(rng.integers(1, 5)):
         x, y, z = rng.uniform(-0.5, 0.5, 3) * crown
-        parts.append(cloud("tree", leaves, crown * rng.uniform(0.6, 1.0), (x, y, 0.72 * height + z), rng.uniform(0.8, 1.1, (9, 14))))
+        size, centre = crown * rng.uniform(0.6, 1.0), (x, y, 0.72 * height + z)
+        parts.append(cloud("tree", leaves, size, centre, rng.uniform(0.8, 1.1, (9, 14))))
     return Thing(parts, 1.4 * crown, height)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from accelerated.data import scene_objects as objects
 from accelerated.data.scene_description import Camera, Material, Part, SceneDescription, block, grid_faces, mesh, panel, placed
-from accelerated.data.scene_materials import bricks, checker, colour, daylight, mottled, noise, palette, planks, spots, textured, tiles
+from accelerated.data.scene_materials import bricks, checker, daylight, mottled, noise, palette, planks, spots, textured, tiles
 
 HALF = 45.0  # the ground is a square of this half-width about the camera: no surface is farther than 64 m
 CLEARANCE = 0.5
@@ -76,7 +76,8 @@ def fences(rng: np.random.Generator, layout: objects.Layout) -> list[Part]:
 
 
 def scatter(rng: np.random.Generator, layout: objects.Layout, materials: list[Material]) -> list[Part]:
-    kinds = (objects.crate, objects.sphere, objects.pillar, objects.cone, objects.tree, objects.house, objects.table, objects.chair)
+    small = (objects.crate, objects.sphere, objects.pillar, objects.cone)
+    kinds = (*small, objects.tree, objects.house, objects.table, objects.chair)
     odds = np.array([0.2, 0.12, 0.12, 0.1, 0.26, 0.1, 0.05, 0.05])
     wanted, near = int(rng.integers(4, 22)), int(rng.integers(0, 4))
     parts: list[Part] = []
@@ -97,7 +98,8 @@ def draw_stage(rng: np.random.Generator) -> SceneDescription:
     """One open-air scene; its nearest surfaces are decimetres away, its farthest some 60 m."""
     height = math.exp(rng.uniform(math.log(0.4), math.log(6.0)))
     pitch = float(np.clip(rng.normal(-0.1 - 0.06 * height, 0.16), -0.8, 0.3))
-    camera = Camera((0.0, 0.0, height), rng.uniform(0, 2 * math.pi), pitch, rng.normal(0, 0.05), math.radians(rng.uniform(45, 80)))
+    yaw, roll, fov = rng.uniform(0, 2 * math.pi), rng.normal(0, 0.05), math.radians(rng.uniform(45, 80))
+    camera = Camera((0.0, 0.0, height), yaw, pitch, roll, fov)
     layout = objects.Layout(camera, [(0.0, 0.0, CLEARANCE)])
     materials = [*palette(rng), objects.foliage(rng)]
     parts = ground(rng)

@@ -1,4 +1,6 @@
-"""Embedded data: procedurally generated, physically shaded scenes with exact depth and class (in place of Section 4.1's datasets).
+"""Embedded data: procedurally generated, physically shaded scenes with exact depth and class.
+
+They stand where the paper has the datasets of its Section 4.1.
 
 `load_scenes(TRAIN_SEED, 2400)` gives image (N, S, S, 3) uint8 sRGB, depth (N, S, S) float32 metres along the optical axis (0
 where there is none: sky) and label (N, S, S) uint8, index into CLASSES. Even indices are open stages, odd ones rooms. A scene
@@ -9,52 +11,73 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from accelerated.data import scene_cache
-from accelerated.data.scene_description import CLASSES, SKY, SceneDescription
-from accelerated.data.scene_rendering import Scene, render, renderer
+from accelerated.data.scene_assembly import renderer
+from accelerated.data.scene_description import CLASSES, SKY, Scene, SceneArrays, SceneDescription
+from accelerated.data.scene_pictures import contact_sheet
+from accelerated.data.scene_rendering import geometry, render, staged
 from accelerated.data.scene_rooms import draw_room
 from accelerated.data.scene_stages import draw_stage
 
-__all__ = ["CLASSES", "GENERATOR_VERSION", "HELD_OUT_SEED", "SKY", "TRAIN_SEED", "Scene", "SceneArrays", "describe", "load_scenes", "render_scene"]
+__all__ = [
+    "CLASSES",
+    "GENERATOR_VERSION",
+    "HELD_OUT_SEED",
+    "SKY",
+    "TRAIN_SEED",
+    "Scene",
+    "SceneArrays",
+    "contact_sheet",
+    "load_scenes",
+    "render_scene",
+]
 
 GENERATOR_VERSION = 1  # raise it with every change that changes a rendered byte: caches of other versions are rendered again
 TRAIN_SEED, HELD_OUT_SEED = 1, 2  # a scene's random numbers come from (seed, index): other seed, no scene in common
+ATTEMPTS = 16
 RECORD_EVERY = 32  # scenes between two entries in the cache's record: what a killed render may lose
 
 
-class SceneArrays(NamedTuple):
-    """image (N, S, S, 3) uint8 sRGB; depth (N, S, S) float32 metres, 0 where invalid; label (N, S, S) uint8."""
-
-    image: np.ndarray
-    depth: np.ndarray
-    label: np.ndarray
-
-
-def describe(seed: int, index: int) -> SceneDescription:
-    """What scene `index` of `seed` consists of, before it is rendered."""
-    rng = np.random.default_rng([seed, index])
+def describe(seed: int, index: int, attempt: int = 0) -> SceneDescription:
+    """What scene `index` of `seed` consists of, before it is rendered; a further attempt replaces one not worth showing."""
+    rng = np.random.default_rng([seed, index, attempt])
     return draw_room(rng) if index % 2 else draw_stage(rng)
+
+
+def worth_showing(depth: np.ndarray, label: np.ndarray) -> bool:
+    """Whether a first look, depth and label (S, S), shows more than a wall from close by or the sky."""
+    valid = depth[depth > 0]
+    if valid.size < 0.35 * depth.size or valid.min() < 0.25 or np.mean(valid < 0.7) > 0.35:
+        return False
+    near, far = np.percentile(valid, (5, 95))
+    shares = np.bincount(label.ravel(), minlength=len(CLASSES)) / label.size
+    return bool(far > 2 * near and shares.max() < 0.8 and np.sum(shares > 0.01) >= 3)
 
 
 def render_scene(seed: int, index: int, size: int = 128) -> Scene:
     """Scene `index` of `seed`: image (size, size, 3) uint8, depth (size, size) float32, label (size, size) uint8.
 
-    The same arguments give the same bytes. ValueError for a negative seed or index or a size below 8; ImportError without Mitsuba.
+    The same arguments give the same bytes. ValueError for a negative seed or index or a size below 8; ImportError where Mitsuba
+    is missing.
     """
     if seed < 0 or index < 0:
-        raise ValueError(f"seed {seed} and index {index}: expected numbers of at least 0")
+        raise ValueError(f"seed {seed}, index {index}: expected at least 0")
     if size < 8:
         raise ValueError(f"size {size}: expected at least 8 pixels")
-    return render(describe(seed, index), size, seed=index)
+    for attempt in range(ATTEMPTS):
+        description = describe(seed, index, attempt)
+        with staged(description) as stage:
+            # The look is taken at one size, so that the scene does not depend on the size asked for.
+            if attempt == ATTEMPTS - 1 or worth_showing(*geometry(stage, 32)):
+                return render(stage, size, index, description.exposure)
+    raise AssertionError("the last attempt returns")
 
 
 def rendered(seed: int, indices: list[int], size: int, workers: int) -> Iterator[Scene]:
@@ -83,30 +106,24 @@ def load_scenes(
     if workers is not None and workers < 1:
         raise ValueError(f"workers {workers}: expected at least 1")
     layout = scene_cache.Layout(GENERATOR_VERSION, seed, size)
-    folder = Path(cache) / f"seed-{seed}-size-{size}"
-    with scene_cache.opened(folder):
-        digests = scene_cache.verified(folder, layout, count, lambda sentence: warnings.warn(sentence, stacklevel=4))
-        missing = [i for i in range(count) if digests[i] is None]
+    with scene_cache.opened(Path(cache) / f"seed-{seed}-size-{size}", layout, count) as store:
+        missing = store.missing()
         if missing:
-            renderer()
-            scene_cache.allocate(folder, layout, digests)
-            fill(folder, layout, digests, missing, min(workers or len(os.sched_getaffinity(0)), len(missing)), progress)
-        arrays = scene_cache.mapped(folder, layout)
-        assert arrays is not None
-    return SceneArrays(*(array[:count] for array in arrays.values()))
+            renderer()  # where it is not installed, say so before any process starts
+            store.allocate()
+            fill(store, missing, min(workers or len(os.sched_getaffinity(0)), len(missing)), progress)
+        return SceneArrays(*(array[:count] for array in store.arrays()))
 
 
-def fill(folder: Path, layout: scene_cache.Layout, digests: list[str | None], missing: list[int], workers: int, progress: bool) -> None:
-    """Render the missing scenes into the cache's files, putting them on record every so often."""
+def fill(cache: scene_cache.Cache, missing: list[int], workers: int, progress: bool) -> None:
+    """Render the missing scenes into the cache, putting them on record every so often."""
     from tqdm import tqdm
 
-    writer = scene_cache.Writer(folder, layout, digests)
-    try:
-        scenes = rendered(layout.seed, missing, layout.size, workers)
-        bar = tqdm(scenes, total=len(missing), desc=f"rendering scenes (seed {layout.seed})", unit="scene", disable=not progress)
+    seed, size = cache.layout.seed, cache.layout.size
+    with cache.writer() as writer:
+        scenes = rendered(seed, missing, size, workers)
+        bar = tqdm(scenes, total=len(missing), desc=f"rendering scenes (seed {seed})", unit="scene", disable=not progress)
         for done, (i, scene) in enumerate(zip(missing, bar, strict=True), 1):
             writer.put(i, scene)
             if done % RECORD_EVERY == 0 or done == len(missing):
                 writer.record()
-    finally:
-        writer.close()

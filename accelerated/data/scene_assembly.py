@@ -38,7 +38,7 @@ def rgb(colour: tuple[float, float, float]) -> dict[str, Any]:
 
 def bsdf(mi: Any, material: Material, reflectance: dict[str, Any]) -> Any:
     if material.kind == "diffuse":
-        surface = {"type": "diffuse", "reflectance": reflectance}
+        surface: dict[str, Any] = {"type": "diffuse", "reflectance": reflectance}
     elif material.kind == "plastic":
         surface = {"type": "roughplastic", "diffuse_reflectance": reflectance, "alpha": material.roughness}
     elif material.kind == "metal":
@@ -123,7 +123,8 @@ def lights(mi: Any, description: SceneDescription) -> dict[str, Any]:
 
 
 def assemble(mi: Any, description: SceneDescription) -> Stage:
-    groups, surfaces = grouped(description.parts), {}
+    groups = grouped(description.parts)
+    surfaces: dict[Hashable, Any] = {}
     shapes = {f"shape{i:04d}": shape(mi, parts, surfaces) for i, parts in enumerate(groups)}
     classes = []
     for parts in groups:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -58,11 +58,20 @@ def replace_safely(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.close(folder)
 
 
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Errors of the operating system as one sentence that names the cache: a full disk's own does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"the scene cache {folder} cannot be written ({error.strerror}): choose a folder that can") from error
+
+
 class Writer:
     """Puts scenes into the files' rows, then on record. Plain writes, not a writable memory map: a full disk is then an error
     that can be told, not a bus error."""
 
-    def __init__(self, cache: Cache, files: dict[str, IO[bytes]]) -> None:
+    def __init__(self, cache: Cache, files: Mapping[str, IO[bytes]]) -> None:
         self.cache, self.files = cache, files
         self.pending: dict[int, str] = {}
         self.starts = {}
@@ -76,20 +85,22 @@ class Writer:
         for (name, (shape, dtype)), row in zip(self.cache.layout.rows().items(), rows, strict=True):
             if row.shape != shape or row.dtype != dtype:
                 raise ValueError(f"scene {i}: {name} is {row.dtype} {row.shape}, expected {dtype} {shape}")
-            self.files[name].seek(self.starts[name] + i * row.nbytes)
-            self.files[name].write(np.ascontiguousarray(row).data)
+            with explained(self.cache.folder):
+                self.files[name].seek(self.starts[name] + i * row.nbytes)
+                self.files[name].write(np.ascontiguousarray(row).data)
         self.pending[i] = digest(rows)
 
     def record(self) -> None:
         """Put what was written on record, once it is on the disk."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        for i, checksum in self.pending.items():
-            self.cache.digests[i] = checksum
-        self.pending.clear()
-        text = json.dumps({**self.cache.layout._asdict(), "scenes": self.cache.digests})
-        replace_safely(self.cache.folder / MANIFEST, lambda file: file.write(text.encode()))
+        with explained(self.cache.folder):
+            for file in self.files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            for i, checksum in self.pending.items():
+                self.cache.digests[i] = checksum
+            self.pending.clear()
+            text = json.dumps({**self.cache.layout._asdict(), "scenes": self.cache.digests})
+            replace_safely(self.cache.folder / MANIFEST, lambda file: file.write(text.encode()))
 
 
 class Cache:
@@ -174,7 +185,8 @@ class Cache:
                     file.write(np.ascontiguousarray(scene).data)
                 file.truncate(start + len(self.digests) * row)
 
-            replace_safely(self.folder / f"{name}.npy", write)
+            with explained(self.folder):
+                replace_safely(self.folder / f"{name}.npy", write)
 
     @contextmanager
     def writer(self) -> Iterator[Writer]:
@@ -186,11 +198,9 @@ class Cache:
 @contextmanager
 def opened(folder: Path, layout: Layout, count: int) -> Iterator[Cache]:
     """The cache in `folder`, made if missing, and held against other processes that would render into it."""
-    try:
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise OSError(f"the scene cache {folder} cannot be written ({error.strerror}): choose a folder that can") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

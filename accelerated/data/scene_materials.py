@@ -91,7 +91,7 @@ def textured(
     rng: np.random.Generator, patterns: Sequence[Pattern] = PATTERNS, metres: Range = (0.4, 1.2), value: Range = (0.25, 0.85)
 ) -> Material:
     """A diffuse surface with one of the patterns in two colours, often two shades of one."""
-    pattern = patterns[rng.integers(len(patterns))]
+    pattern = patterns[int(rng.integers(len(patterns)))]
     first = colour(rng, value=value)
     factor = rng.uniform(0.35, 0.7)
     shade = (factor * first[0], factor * first[1], factor * first[2])

@@ -68,7 +68,7 @@ def radiance(stage: Stage, size: int, seed: int) -> np.ndarray:
 
 
 def tone_mapped(radiance: np.ndarray, exposure: float) -> np.ndarray:
-    """(S, S, 3) linear radiance -> uint8 sRGB: the geometric mean goes to `exposure`, a shoulder keeps highlights from clipping."""
+    """(S, S, 3) linear radiance -> uint8 sRGB: the geometric mean goes to `exposure`, a shoulder spares the highlights."""
     radiance = np.clip(np.nan_to_num(radiance.astype(np.float64)), 0.0, None)
     luminance = radiance @ np.array([0.2126, 0.7152, 0.0722])
     scale = exposure / max(math.exp(np.log(luminance + 1e-4).mean()), 1e-6)

@@ -8,8 +8,19 @@ import numpy as np
 
 from accelerated.data import scene_objects as objects
 from accelerated.data.scene_description import Bulb, Camera, Material, Part, SceneDescription, block, column, panel, placed
-from accelerated.data.scene_materials import bricks, checker, colour, daylight, mottled, palette, planks, spots, stripes
-from accelerated.data.scene_materials import textured, tiles
+from accelerated.data.scene_materials import (
+    bricks,
+    checker,
+    colour,
+    daylight,
+    mottled,
+    palette,
+    planks,
+    spots,
+    stripes,
+    textured,
+    tiles,
+)
 
 CLEARANCE = 0.3  # no object comes closer to the camera than this
 

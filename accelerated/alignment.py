@@ -80,6 +80,15 @@ def _lowest(d: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return lowest, highest - lowest <= threshold
 
 
+def centred(d: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """d (B, H, W) less the mean of its image's valid pixels, 0 elsewhere; and per image (B, 1, 1) whether those are constant."""
+    # The sum starts from the smallest value: a large common offset costs no digits, and constant maps give exact zeros. The
+    # result does not depend on where it starts, so that value needs no gradient.
+    lowest, constant = _lowest(d.detach(), mask)
+    above = torch.where(mask, d - lowest, 0.0)
+    return torch.where(mask, above - above.sum(_PIXELS, keepdim=True) / _count(mask), 0.0), constant
+
+
 def least_squares(prediction: Tensor, target: Tensor, mask: Tensor) -> LeastSquares:
     """Per image, the scale s and shift t that minimise sum (s * prediction + t - target)^2 over the valid pixels.
 

@@ -109,7 +109,7 @@ CONFIGS: dict[str, Config] = {
         "backbone": "hybrid_tiny",
         **_VIT_BASE,
         **_RESNET50,
-        "image_size": 128,
+        "image_size": 96,
         "embed_dim": 192,
         "depth": 6,
         "num_heads": 3,

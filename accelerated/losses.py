@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .alignment import align_least_squares, align_median, least_squares, valid_or_zero
+from .alignment import align_least_squares, align_median, centred, least_squares, valid_or_zero
 
 
 def _check_shapes(prediction: Tensor, target: Tensor, mask: Tensor) -> None:
@@ -143,6 +143,24 @@ def published_snippet_loss(
         total, count = _differences(residual, mask, k)
         loss = loss + gradient_weight * total.sum() / count.sum().clamp(min=1)
     return loss * _nan_unless_finite(prediction, target)
+
+
+def correlation_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """1 - r, r the correlation of prediction and target over an image's valid pixels, averaged over the images: in [0, 2].
+
+    Not a loss of the paper: a start for training from scratch, from which `depth_loss` alone may never leave the
+    image-independent solution. Smooth, and as blind to scale and shift. An image whose valid predictions or targets are constant
+    (one pixel is, and none) has no correlation: it contributes 0. Shapes, dtypes, errors and NaN as in `depth_loss`.
+    """
+    _check_shapes(prediction, target, mask)
+    prediction = valid_or_zero(prediction, mask)
+    target = valid_or_zero(target.detach(), mask).to(prediction.dtype)
+    x, x_constant = centred(prediction, mask)
+    y, y_constant = centred(target, mask)
+    constant = (x_constant | y_constant)[:, 0, 0]
+    variances = (x * x).sum((1, 2)) * (y * y).sum((1, 2))
+    correlation = (x * y).sum((1, 2)) / torch.where(constant, 1.0, variances).sqrt()
+    return torch.where(constant, 0.0, 1 - correlation).mean() * _nan_unless_finite(prediction, target)
 
 
 def check_labels(labels: Tensor, batch: int, num_classes: int, ignore_index: int) -> None:

@@ -42,22 +42,22 @@ class Recipe(BaseModel):
     model: str = Field("dpt_tiny", description="configuration of the model: a name in accelerated.CONFIGS")
     seed: int = Field(0, ge=0, description="seeds the initial weights, the order of the scenes, crops and flips")
 
-    size: PositiveInt = Field(128, description="side of the rendered scenes, in pixels")
-    training_scenes: PositiveInt = Field(1900, description="scenes learnt from")
+    size: PositiveInt = Field(96, description="side of the rendered scenes, in pixels")
+    training_scenes: PositiveInt = Field(2200, description="scenes learnt from")
     validation_scenes: PositiveInt = Field(
         100, description="scenes of the same seed, never learnt from, that draw the learning curve"
     )
     held_out_scenes: int = Field(200, ge=2, description="scenes of another seed, looked at once, when training is over")
 
-    crop: PositiveInt = Field(128, description="side of the random square crop, in pixels; a multiple of the patch size")
+    crop: PositiveInt = Field(80, description="side of the random square crop, in pixels; a multiple of the patch size")
     flip: bool = Field(True, description="mirror every other crop, at random")
     color_jitter: float = Field(0.2, ge=0, lt=1, description="largest relative change of brightness and contrast, at random")
 
     batch_size: PositiveInt = Field(16, description="scenes per step")
-    steps: PositiveInt = Field(4000, description="optimiser steps")
+    steps: PositiveInt = Field(5000, description="optimiser steps")
     backbone_learning_rate: float = Field(7e-4, gt=0, description="AdamW's learning rate for the backbone, at its highest")
     decoder_learning_rate: float = Field(7e-4, gt=0, description="AdamW's learning rate for everything else, at its highest")
-    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps over which both rates rise from 0")
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which both rates rise from 0")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient; a longer one is scaled down to it")
     average_decay: float = Field(
@@ -67,8 +67,14 @@ class Recipe(BaseModel):
     kept: float = Field(
         0.8, gt=0, le=1, description="depth: share of the smallest residuals that the loss keeps (the paper trims the rest)"
     )
+    correlation: float = Field(
+        0.3,
+        ge=0,
+        le=0.5,
+        description="depth: share of the steps that at first maximise the correlation; as many then blend into the paper's loss",
+    )
     untrimmed: float = Field(
-        0.3, ge=0, le=1, description="depth: share of the steps, at the start, during which nothing is trimmed"
+        0.8, ge=0, le=1, description="depth: share of the steps, at the start, during which nothing is trimmed"
     )
     gradient_weight: float = Field(0.5, ge=0, description="depth: weight of the gradient-matching term")
     auxiliary_weight: float = Field(0.2, ge=0, description="segmentation: weight of the auxiliary head's cross-entropy")

@@ -17,7 +17,7 @@ from torch import Tensor
 import accelerated
 from accelerated import baselines, metrics, panels
 from accelerated.data.scenes import CLASSES
-from accelerated.losses import depth_loss, segmentation_loss
+from accelerated.losses import correlation_loss, depth_loss, segmentation_loss
 
 if TYPE_CHECKING:
     from accelerated import DPT, Segmentation
@@ -72,11 +72,22 @@ class Depth:
         return torch.tensor(scenes.depth)
 
     def loss(self, output: Tensor | Segmentation, target: Tensor, progress: float) -> Tensor:
-        """Untrimmed at first: from random weights, the trimmed loss alone may never leave the image-independent solution."""
+        """The correlation's loss, which blends into the paper's, at first untrimmed.
+
+        From random weights, the paper's loss alone may never leave the image-independent solution: it grows the prediction's
+        scale, which it cannot see, and with it shrinks its own gradient.
+        """
         assert isinstance(output, Tensor)
-        kept = 1.0 if progress < self.recipe.untrimmed else self.recipe.kept
-        inverse, known = inverse_depth(target)
-        return depth_loss(output, inverse, known, kept=kept, gradient_weight=self.recipe.gradient_weight)
+        recipe, (inverse, known) = self.recipe, inverse_depth(target)
+        begun = (progress - recipe.correlation) / recipe.correlation if recipe.correlation else 1.0
+        paper = min(max(begun, 0.0), 1.0)
+        kept = 1.0 if progress < recipe.untrimmed else recipe.kept
+        loss = output.new_zeros((), dtype=torch.float32)
+        if paper < 1:
+            loss = loss + (1 - paper) * correlation_loss(output, inverse, known)
+        if paper > 0:
+            loss = loss + paper * depth_loss(output, inverse, known, kept=kept, gradient_weight=recipe.gradient_weight)
+        return loss
 
     def prediction(self, output: Tensor | Segmentation) -> Tensor:
         assert isinstance(output, Tensor)

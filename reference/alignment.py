@@ -92,7 +92,7 @@ def align_median(d: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, Callable]
     return aligned, vjp
 
 
-def _is_constant(d: np.ndarray) -> bool:
+def is_constant(d: np.ndarray) -> bool:
     """Whether the values d (M,) differ by no more than rounding, so that no scale can be read off them.
 
     Decided from the extreme values, which are exact in any order of evaluation, and never from a determinant, which is not. The
@@ -110,7 +110,7 @@ def _fit(d: np.ndarray, target: np.ndarray) -> tuple[Any, Any, bool, Callable]:
     x, y = d - d.min(), target - target.min()
     x_mean, y_mean = x.sum() / count, y.sum() / count
     d_mean, target_mean = d.min() + x_mean, target.min() + y_mean
-    if _is_constant(d):
+    if is_constant(d):
         return d.dtype.type(0), target_mean, True, lambda dscale, dshift: np.zeros_like(d)
     x, y = x - x_mean, y - y_mean
     variance = (x * x).sum()  # of d, times M: the determinant of the normal equations over M

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from . import nn
-from .alignment import align_least_squares, align_median, least_squares, scale_and_shift
+from .alignment import align_least_squares, align_median, is_constant, least_squares, scale_and_shift
 
 
 def _check(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> None:
@@ -191,6 +191,43 @@ def published_snippet_loss(
             dresidual += vjp_scale(np.full(len(prediction), dloss * weight, dtype))
         direct, dscale, dshift = apply_vjp(dresidual)
         return direct + fit_vjp(dscale, dshift)
+
+    return loss, vjp
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> tuple[Any, Callable]:
+    """1 - r of two maps' valid pixels x, y (M,), neither of them constant; vjp(dloss) -> dx."""
+    x, y = x - x.min(), y - y.min()  # sums start from the smallest value: a large common offset costs no digits
+    x, y = x - x.mean(), y - y.mean()
+    x_norm, y_norm = np.sqrt((x * x).sum()), np.sqrt((y * y).sum())
+    r = (x * y).sum() / (x_norm * y_norm)
+    return 1 - r, lambda dloss: dloss * (r * x / x_norm - y / y_norm) / x_norm
+
+
+def correlation_loss(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[Any, Callable]:
+    """1 - r, r the correlation of prediction and target over an image's valid pixels, averaged over the images: in [0, 2].
+
+    Not a loss of the paper: a start for training from scratch, from which `depth_loss` alone may never leave the
+    image-independent solution. Smooth, and as blind to scale and shift. An image whose valid predictions or targets are constant
+    (one pixel is, and none) has no correlation: it contributes 0. Shapes, dtypes and errors as in `depth_loss`. Returns the
+    loss, a scalar, and vjp(dloss) -> dprediction.
+    """
+    _check(prediction, target, mask)
+    dtype = prediction.dtype
+    target = target.astype(dtype)
+    loss, vjps = dtype.type(0), []
+    for b in range(len(prediction)):
+        x, y = prediction[b, mask[b]], target[b, mask[b]]
+        if len(x) and not is_constant(x) and not is_constant(y):
+            loss_b, vjp_b = _correlation(x, y)
+            loss += loss_b / dtype.type(len(prediction))
+            vjps.append((b, vjp_b))
+
+    def vjp(dloss: Any) -> np.ndarray:
+        dprediction = np.zeros_like(prediction)
+        for b, vjp_b in vjps:
+            dprediction[b, mask[b]] = vjp_b(dtype.type(dloss) / dtype.type(len(prediction)))
+        return dprediction
 
     return loss, vjp
 

@@ -167,10 +167,11 @@ def configuration(
 
 
 def validate(config: Config) -> None:
-    """Raise ValueError, in one sentence, where no DPT can be built from `config`."""
+    """Raise ValueError, in one sentence, where no DPT can be built from `config`, or no image prepared for it."""
     _one_of(config, "task", TASKS)
-    _one_of(config, "readout", ("ignore", "add", "project"))
     _one_of(config, "embedding", ("patch", "resnet"))
+    _complete(config)
+    _one_of(config, "readout", ("ignore", "add", "project"))
     _one_of(config, "prefix_tokens", (1, 2))
     if config["embed_dim"] % config["num_heads"]:
         raise ValueError(f"embed_dim is {config['embed_dim']}: expected a multiple of num_heads, {config['num_heads']}")
@@ -179,6 +180,20 @@ def validate(config: Config) -> None:
     if config["embedding"] == "resnet":
         _validate_resnet(config)
     _validate_taps(config)
+    _one_of(config, "resize_method", ("minimal", "lower_bound", "upper_bound"))
+    if config["resize_multiple"] % config["patch_size"]:
+        raise ValueError(
+            f"resize_multiple is {config['resize_multiple']}: expected a multiple of patch_size, {config['patch_size']}"
+        )
+
+
+def _complete(config: Config) -> None:
+    """Demand every key that a model of this task and embedding reads."""
+    needed = CONFIGS["dpt_base" if config.get("embedding") == "patch" else "dpt_hybrid"].keys()
+    needed = needed - {"head_widths"} | ({"head_widths"} if config.get("task") == "depth" else {"num_classes", "dropout"})
+    missing = sorted(needed - config.keys())
+    if missing:
+        raise ValueError(f"the configuration lacks {', '.join(missing)}: expected the keys of accelerated.configuration(...)")
 
 
 def _one_of(config: Config, key: str, accepted: tuple[Any, ...]) -> None:

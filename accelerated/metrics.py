@@ -44,14 +44,24 @@ def confusion(prediction: Tensor, label: Tensor, num_classes: int, ignore_index:
     """Count pixels by true and predicted class: (num_classes, num_classes) int64, truth along the rows.
 
     `prediction` and `label` are class ids of one shape and any integer type; pixels labelled `ignore_index` are left out.
+    Matrices of batches are added. Raises ValueError for shapes that differ, and for a value that is no class on either side.
     """
+    if prediction.shape != label.shape:
+        raise ValueError(f"the prediction has shape {tuple(prediction.shape)}: expected {tuple(label.shape)}, the label's")
     counted = label != ignore_index
-    pairs = label[counted].long() * num_classes + prediction[counted].long()
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    truth, guess = label[counted].long(), prediction[counted].long()
+    for name, values in (("label", truth), ("prediction", guess)):
+        wrong = values[(values < 0) | (values >= num_classes)]
+        if len(wrong):
+            raise ValueError(f"the {name} holds {int(wrong[0])}: expected a class from 0 to {num_classes - 1}")
+    return torch.bincount(truth * num_classes + guess, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def mean_intersection_over_union(counts: Tensor) -> float:
-    """Return mIoU from a confusion matrix (K, K): over the classes that the truth contains; NaN where it contains none."""
+    """Return mIoU from a confusion matrix (K, K); NaN where it is empty.
+
+    A class that neither the truth nor the prediction contains has no IoU and is left out of the mean.
+    """
     hits = counts.diagonal().double()
-    truth, predicted = counts.sum(1), counts.sum(0)
-    return float((hits / (truth + predicted - hits))[truth > 0].mean())
+    union = counts.sum(0) + counts.sum(1) - hits
+    return float((hits[union > 0] / union[union > 0]).mean())

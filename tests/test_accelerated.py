@@ -334,3 +334,18 @@ def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'accelerated' has no attribute 'dpt_base'"):
         accelerated.dpt_base  # noqa: B018
     assert set(accelerated.__all__) <= set(dir(accelerated))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_mean": None}, "lacks image_mean"),
+        ({"head_widths": None, "depth": None}, "lacks depth, head_widths"),
+        ({"resize_method": "stretch"}, "unknown resize_method 'stretch'"),
+        ({"resize_multiple": 24}, "resize_multiple is 24: expected a multiple of patch_size, 16"),
+    ],
+)
+def test_a_configuration_that_prepares_no_image_is_refused(change, message):
+    config = {key: value for key, value in (accelerated.configuration("dpt_tiny") | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        DPT(config)

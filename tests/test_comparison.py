@@ -79,9 +79,19 @@ def test_confusion_and_mean_intersection_over_union(seed: int, num_classes: int)
     ious = []
     for k in range(num_classes):
         truth, predicted = label == k, (prediction == k) & (label != 255)
-        if truth.any():
+        if (truth | predicted).any():
             ious.append((truth & predicted).sum() / (truth | predicted).sum())
     assert mean_intersection_over_union(counts) == pytest.approx(np.mean(ious), rel=1e-12)
+
+
+def test_confusion_names_a_value_that_is_no_class() -> None:
+    label = torch.tensor([[[0, 1], [255, 2]]])
+    with pytest.raises(ValueError, match="the label holds 2: expected a class from 0 to 1"):
+        confusion(label % 2, label, 2)
+    with pytest.raises(ValueError, match="the prediction holds 3: expected a class from 0 to 2"):
+        confusion(torch.full_like(label, 3), label, 3)
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 1\): expected \(1, 2, 2\)"):
+        confusion(label[:, :, :1], label, 3)
 
 
 @given(seed=SEEDS, count=st.integers(1, 6))

@@ -1,8 +1,9 @@
-"""Training crops: the same random window and mirroring for an image and everything aligned with it.
+"""Training windows: the same random part, scale and mirroring for an image and everything aligned with it.
 
-The paper (sections 4 and 5) trains on random square crops with random horizontal flips. A window is a list of rows and a list
-of columns per image, a mirrored one runs through its columns backwards; reading any map (target, mask, labels) at those rows
-and columns keeps it aligned with the image by construction.
+The paper (sections 4 and 5) trains on random square crops with random horizontal flips, its segmentation also with random
+rescaling. A window is a list of rows and a list of columns per image; a scaled one skips or repeats some, a mirrored one runs
+through its columns backwards. Reading any map (target, mask, labels) at those rows and columns keeps it aligned with the image
+by construction, and invents no value between two depths or two classes.
 
 Shapes: maps (N, H, W) or (N, H, W, C) in, (B, crop, crop) or (B, crop, crop, C) out.
 """
@@ -23,18 +24,26 @@ class Windows(NamedTuple):
     columns: Tensor  # (B, crop) which columns; descending where mirrored
 
 
-def random_windows(images: Tensor, size: tuple[int, int], crop: int, flip: bool, generator: torch.Generator) -> Windows:
-    """Draw a window of `crop` x `crop` pixels for each of `images` (B,), anywhere inside `size` (H, W), mirrored half the time.
+def random_windows(
+    images: Tensor, size: tuple[int, int], crop: int, smallest: float, flip: bool, generator: torch.Generator
+) -> Windows:
+    """Draw a square window for each of `images` (B,), anywhere inside `size` (H, W), mirrored half the time if `flip`.
 
-    Raises ValueError where the crop is larger than the image.
+    Its side is between `smallest` and 1 times the shorter side of the image; `crop` x `crop` pixels are read from it, each the
+    nearest to its place. Raises ValueError unless 0 < smallest <= 1.
     """
-    height, width = size
-    if crop > min(height, width):
-        raise ValueError(f"a crop of {crop} x {crop} does not fit in images of {height} x {width}")
+    if not 0 < smallest <= 1:
+        raise ValueError(f"smallest={smallest}: expected a share of the image's side, above 0 and at most 1")
     count = (len(images), 1)
-    steps = torch.arange(crop)
-    rows = torch.randint(height - crop + 1, count, generator=generator) + steps
-    columns = torch.randint(width - crop + 1, count, generator=generator) + steps
+    share = smallest + (1 - smallest) * torch.rand(count, generator=generator, dtype=torch.float64)
+    side = share * min(size)
+    places = (torch.arange(crop) + 0.5) / crop * side
+
+    def along(length: int) -> Tensor:
+        start = torch.rand(count, generator=generator, dtype=torch.float64) * (length - side)
+        return (start + places).floor().long().clamp(max=length - 1)
+
+    rows, columns = along(size[0]), along(size[1])
     if flip:
         mirrored = torch.rand(count, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
@@ -48,13 +57,14 @@ def cut(maps: Tensor, windows: Windows) -> Tensor:
 
 
 def jitter_colors(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Change brightness and contrast of each image (B, 3, H, W) by a factor drawn from [1 - amount, 1 + amount].
+    """Change contrast, and brightness per channel, of each image (B, 3, H, W) by factors drawn from [1 - amount, 1 + amount].
 
-    Contrast is the distance from the image's mean. The result is not clipped to [0, 1], so that the change is invertible and
-    no structure is lost.
+    Contrast is the distance from the image's mean. The result is not clipped to [0, 1], so no structure is lost.
     """
-    factors = 1 + amount * (2 * torch.rand(2, len(image), 1, 1, 1, generator=generator) - 1)
-    brightness, contrast = factors.to(image.device, image.dtype)
+    brightness, contrast = (
+        (1 + amount * (2 * torch.rand(len(image), channels, 1, 1, generator=generator) - 1)).to(image.device, image.dtype)
+        for channels in (3, 1)
+    )
     mean = image.mean(dim=(1, 2, 3), keepdim=True)
     return (contrast * (image - mean) + mean) * brightness
 

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from accelerated.augment import cut, jitter_colors, normalize, random_windows
 from accelerated.comparison import compare
 from accelerated.data.scenes import HELD_OUT_SEED, TRAIN_SEED, load_scenes
-from accelerated.device import Device, choose_device
+from accelerated.device import Device, choose_device, keep_freed_memory
 from accelerated.dpt import DPT
 from accelerated.panels import learning_curve
 from accelerated.progress import TrainingProgress
@@ -56,6 +56,7 @@ def train(recipe: Recipe, folder: RunFolder, cache: Path, threads: int) -> dict[
     carried out, RunError where the loss or its gradient is not finite (the folder keeps the weights from before that step),
     OSError for files that cannot be written.
     """
+    keep_freed_memory()
     run = Run(recipe, TASKS[recipe.task](recipe), choose_device(threads), folder)
     torch.manual_seed(recipe.seed)
     model = build_model(run)
@@ -138,8 +139,6 @@ def build_model(run: Run) -> DPT:
     for key, value in (("size", recipe.size), ("crop", recipe.crop)):
         if value % model.patch_size:
             raise RecipeError(f"{key} = {value} does not fit: expected a multiple of the patch size, {model.patch_size}")
-    if recipe.crop > recipe.size:
-        raise RecipeError(f"crop = {recipe.crop} does not fit: expected at most the size of the scenes, {recipe.size}")
     model.to(run.device.device)
     model.to(memory_format=torch.channels_last)
     return model
@@ -197,7 +196,7 @@ def batches(count: int, recipe: Recipe, generator: torch.Generator) -> Iterator[
 def augmented(scenes: Scenes, indices: Tensor, model: DPT, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return a batch as the model reads it: image (B, 3, crop, crop) float32 normalised, target (B, crop, crop)."""
     _, height, width = scenes.target.shape
-    windows = random_windows(indices, (height, width), recipe.crop, recipe.flip, generator)
+    windows = random_windows(indices, (height, width), recipe.crop, recipe.smallest_window, recipe.flip, generator)
     image = cut(scenes.image, windows).permute(0, 3, 1, 2).float() / 255
     image = jitter_colors(image, recipe.color_jitter, generator)
     return normalize(image, model.config["image_mean"], model.config["image_std"]), cut(scenes.target, windows)

@@ -49,14 +49,17 @@ class Recipe(BaseModel):
     )
     held_out_scenes: int = Field(200, ge=2, description="scenes of another seed, looked at once, when training is over")
 
-    crop: PositiveInt = Field(80, description="side of the random square crop, in pixels; a multiple of the patch size")
+    smallest_window: float = Field(
+        0.6, gt=0, le=1, description="side of the smallest random square window of a scene, as a share of the scene's"
+    )
+    crop: PositiveInt = Field(80, description="pixels along the side to which a window is scaled; a multiple of the patch size")
     flip: bool = Field(True, description="mirror every other crop, at random")
-    color_jitter: float = Field(0.2, ge=0, lt=1, description="largest relative change of brightness and contrast, at random")
+    color_jitter: float = Field(0.2, ge=0, lt=1, description="largest relative change of contrast and of each channel, at random")
 
     batch_size: PositiveInt = Field(16, description="scenes per step")
     steps: PositiveInt = Field(5000, description="optimiser steps")
-    backbone_learning_rate: float = Field(7e-4, gt=0, description="AdamW's learning rate for the backbone, at its highest")
-    decoder_learning_rate: float = Field(7e-4, gt=0, description="AdamW's learning rate for everything else, at its highest")
+    backbone_learning_rate: float = Field(1.5e-3, gt=0, description="AdamW's learning rate for the backbone, at its highest")
+    decoder_learning_rate: float = Field(1.5e-3, gt=0, description="AdamW's learning rate for everything else, at its highest")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which both rates rise from 0")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient; a longer one is scaled down to it")

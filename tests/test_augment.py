@@ -19,29 +19,37 @@ SEEDS = st.integers(0, 2**32 - 1)
     batch=st.integers(1, 6),
     height=st.integers(1, 20),
     width=st.integers(1, 20),
-    crop=st.integers(1, 20),
+    crop=st.integers(1, 24),
+    smallest=st.floats(0.05, 1),
     flip=st.booleans(),
     seed=SEEDS,
 )
 def test_every_map_gets_the_same_window(
-    count: int, batch: int, height: int, width: int, crop: int, flip: bool, seed: int
+    count: int, batch: int, height: int, width: int, crop: int, smallest: float, flip: bool, seed: int
 ) -> None:
-    """Numbering every pixel shows where each came from: an image's own, contiguous window, mirrored or not, for all maps."""
-    crop = min(crop, height, width)
+    """Numbering every pixel shows where each came from: an image's own square window, mirrored or not, the same for all maps."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(count, (batch,), generator=generator)
-    windows = random_windows(images, (height, width), crop, flip, generator)
+    windows = random_windows(images, (height, width), crop, smallest, flip, generator)
 
     numbers = torch.arange(count * height * width).view(count, height, width)
     taken = cut(numbers, windows).numpy()
     assert taken.shape == (batch, crop, crop)
+    shorter = min(height, width)
     for index, window in zip(images.tolist(), taken, strict=True):
         image, row, column = np.unravel_index(window, (count, height, width))
         assert (image == index).all()
-        assert (row == row[0, 0] + np.arange(crop)[:, None]).all()
-        step = 1 if crop == 1 else column[0, 1] - column[0, 0]
-        assert step in ((1, -1) if flip else (1,))
-        assert (column == column[0, 0] + step * np.arange(crop)).all()
+        rows, columns = row[:, 0], column[0]
+        assert (row == rows[:, None]).all() and (column == columns).all()
+        if flip and columns[0] > columns[-1]:
+            columns = columns[::-1]
+        # The i-th of crop places lies (i + 1/2) / crop of the window's side from its start: neighbours are side / crop apart, up
+        # to the rounding to whole pixels, and a side is between `smallest` and 1 times the shorter side of the image.
+        for places in (rows, columns):
+            span = np.arange(crop) / crop
+            assert (
+                (places - places[0] >= np.floor(smallest * shorter * span)) & (places - places[0] <= np.ceil(shorter * span))
+            ).all()
 
     for aligned in (numbers.float()[..., None].expand(-1, -1, -1, 3), numbers.float(), numbers % 2 == 0, (numbers % 200).byte()):
         got = cut(aligned, windows)
@@ -49,15 +57,31 @@ def test_every_map_gets_the_same_window(
         assert (got.numpy() == aligned.reshape(count * height * width, *aligned.shape[3:]).numpy()[taken]).all()
 
 
-def test_every_place_and_both_mirrorings_are_drawn() -> None:
-    windows = random_windows(torch.zeros(2000, dtype=torch.long), (6, 5), 4, True, torch.Generator().manual_seed(0))
-    seen = {(rows[0].item(), columns.min().item(), (columns[0] > columns[1]).item()) for _, rows, columns in zip(*windows)}  # noqa: B905
-    assert seen == {(row, column, mirrored) for row in range(3) for column in range(2) for mirrored in (False, True)}
+@given(side=st.integers(1, 30), batch=st.integers(1, 4), seed=SEEDS)
+def test_the_whole_image_at_its_own_size_is_the_image(side: int, batch: int, seed: int) -> None:
+    images = torch.arange(batch)
+    windows = random_windows(images, (side, side), side, 1.0, False, torch.Generator().manual_seed(seed))
+    numbers = torch.arange(batch * side**2).view(batch, side, side)
+    assert (cut(numbers, windows) == numbers).all()
 
 
-def test_a_crop_larger_than_the_image_is_refused() -> None:
-    with pytest.raises(ValueError, match="crop of 9 x 9 does not fit in images of 8 x 16"):
-        random_windows(torch.zeros(1, dtype=torch.long), (8, 16), 9, True, torch.Generator())
+def test_rows_and_columns_scale_alike_and_every_place_and_mirroring_is_drawn() -> None:
+    windows = random_windows(torch.zeros(4000, dtype=torch.long), (60, 50), 10, 0.4, True, torch.Generator().manual_seed(0))
+    rows, columns = windows.rows.numpy(), windows.columns.numpy()
+    mirrored = columns[:, 0] > columns[:, -1]
+    assert 0.45 < mirrored.mean() < 0.55
+    tall, wide = np.ptp(rows, axis=1), np.ptp(columns, axis=1)
+    assert (np.abs(tall - wide) <= 2).all()
+    assert tall.min() in (17, 18, 19) and tall.max() in (44, 45, 46)  # 9 / 10 of 20 and of 50
+    assert rows.min() <= 1 and rows.max() >= 58 and columns.min() <= 1 and columns.max() >= 48
+    small = tall < 25
+    assert len(np.unique(rows[small, 0])) > 25 and len(np.unique(columns[small].min(axis=1))) > 20
+
+
+@pytest.mark.parametrize("smallest", [0.0, 1.01])
+def test_a_window_larger_than_the_image_or_empty_is_refused(smallest: float) -> None:
+    with pytest.raises(ValueError, match=f"smallest={smallest}"):
+        random_windows(torch.zeros(1, dtype=torch.long), (8, 16), 8, smallest, True, torch.Generator())
 
 
 def test_cut_reads_channels_last_images_without_a_copy_of_their_layout() -> None:
@@ -68,19 +92,19 @@ def test_cut_reads_channels_last_images_without_a_copy_of_their_layout() -> None
 
 
 @given(amount=st.floats(0, 0.9), seed=SEEDS)
-def test_color_jitter_is_one_brightness_and_one_contrast_per_image(amount: float, seed: int) -> None:
+def test_color_jitter_is_one_contrast_per_image_and_one_brightness_per_channel(amount: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     image = torch.rand(3, 3, 4, 5, generator=generator, dtype=torch.float64)
+    image -= image.mean(dim=(2, 3), keepdim=True) - 0.5  # every channel's mean is the image's: contrast leaves it alone
     jittered = jitter_colors(image, amount, generator)
-    for before, after in zip(image, jittered, strict=True):
-        brightness = (after.mean() / before.mean()).item()
-        contrast = (after.std() / before.std()).item() / brightness
-        for factor in (brightness, contrast):
-            assert 1 - amount - 1e-9 <= factor <= 1 + amount + 1e-9
-        expected = brightness * (before.mean() + contrast * (before - before.mean()))
-        assert_same(after.numpy(), expected.numpy(), rtol=1e-9)
-    if amount > 0.01:
-        assert len({after.mean().item() / before.mean().item() for before, after in zip(image, jittered, strict=True)}) == 3
+    brightness = jittered.mean(dim=(2, 3)) / 0.5
+    contrast = (jittered.std(dim=(2, 3)) / image.std(dim=(2, 3))) / brightness
+    assert_same(contrast.numpy(), contrast[:, :1].expand(-1, 3).numpy(), rtol=1e-9)
+    for factors in (brightness, contrast[:, 0]):
+        assert (factors >= 1 - amount - 1e-9).all() and (factors <= 1 + amount + 1e-9).all()
+        assert amount < 0.01 or len(np.unique(factors.numpy())) == factors.numel()
+    expected = (0.5 + contrast[:, :, None, None] * (image - 0.5)) * brightness[:, :, None, None]
+    assert_same(jittered.numpy(), expected.numpy(), rtol=1e-9)
 
 
 @given(seed=SEEDS)

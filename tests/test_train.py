@@ -182,7 +182,6 @@ def test_an_interrupted_run_begins_anew(
         ("--model dpt_huge", 2, "'dpt_huge'"),
         ("--crop 24", 2, "crop = 24"),
         ("--size 40", 2, "size = 40"),
-        ("--crop 48", 2, "crop = 48"),
         ("--runs /dev/null/runs", 1, "/dev/null/runs"),
     ],
 )
@@ -206,7 +205,7 @@ def test_promises_decide_the_exit_status(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_model_learns_what_it_is_shown(tmp_path: Path) -> None:
     """Eight scenes, many steps: the loss falls far below what a predictor that does not look could reach."""
-    arguments = "--steps 100 --warmup 0.1 --average_decay 0.9 --color_jitter 0 --weight_decay 0"
+    arguments = "--steps 100 --warmup 0.1 --average_decay 0.9 --color_jitter 0 --weight_decay 0 --smallest_window 1"
     assert run(tmp_path, f"{arguments} --correlation 0 --untrimmed 0.3") == 0
     rows = list(csv.DictReader((tmp_path / "demo" / "metrics.csv").open()))
     losses = [float(row["loss"]) for row in rows]
@@ -262,13 +261,28 @@ def test_marks_are_evenly_spread_and_end_with_the_last_step(steps: int, marks: i
     assert max(np.diff([0, *hit])) - min(np.diff([0, *hit])) <= 1
 
 
-def test_trimming_begins_when_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("correlation", [0.0, 0.25])
+def test_the_correlation_blends_into_the_papers_loss_which_is_trimmed_late(
+    correlation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With losses of 1 and 100, what comes out says how much of each went in."""
     kept = []
-    monkeypatch.setattr("accelerated.tasks.depth_loss", lambda *_, **options: kept.append(options["kept"]))
-    task = Depth(Recipe(kept=0.8, untrimmed=0.3))
-    for progress in (0.0, 0.29, 0.3, 0.99):
-        task.loss(torch.rand(1, 2, 2), torch.rand(1, 2, 2), progress)
-    assert kept == [1.0, 1.0, 0.8, 0.8]
+
+    def paper(*_: torch.Tensor, **options: float) -> torch.Tensor:
+        kept.append(options["kept"])
+        return torch.tensor(100.0)
+
+    monkeypatch.setattr("accelerated.tasks.depth_loss", paper)
+    monkeypatch.setattr("accelerated.tasks.correlation_loss", lambda *_: torch.tensor(1.0))
+    task = Depth(Recipe(kept=0.8, untrimmed=0.75, correlation=correlation))
+    maps = torch.rand(1, 2, 2)
+    values = [float(task.loss(maps, maps, progress)) for progress in (0.0, 0.25, 0.375, 0.5, 0.74, 0.75, 0.99)]
+    if correlation:
+        assert values == pytest.approx([1, 1, 50.5, 100, 100, 100, 100])
+        assert kept == [1.0, 1.0, 1.0, 0.8, 0.8]
+    else:
+        assert values == [100] * 7
+        assert kept == [1.0] * 5 + [0.8] * 2
 
 
 def test_the_precision_is_what_the_cpu_multiplies_natively(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,8 +189,8 @@ def validate(config: Config) -> None:
 
 def _complete(config: Config) -> None:
     """Demand every key that a model of this task and embedding reads."""
-    needed = CONFIGS["dpt_base" if config.get("embedding") == "patch" else "dpt_hybrid"].keys()
-    needed = needed - {"head_widths"} | ({"head_widths"} if config.get("task") == "depth" else {"num_classes", "dropout"})
+    common = set(CONFIGS["dpt_base" if config["embedding"] == "patch" else "dpt_hybrid"]) - {"head_widths"}
+    needed = common | ({"head_widths"} if config["task"] == "depth" else {"num_classes", "dropout"})
     missing = sorted(needed - config.keys())
     if missing:
         raise ValueError(f"the configuration lacks {', '.join(missing)}: expected the keys of accelerated.configuration(...)")

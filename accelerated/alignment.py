@@ -46,9 +46,9 @@ def _median(d: Tensor, mask: Tensor) -> Tensor:
     flat, valid = d.flatten(1), mask.flatten(1)
     pixels = flat.shape[1]
     with torch.no_grad():
-        ascending = flat.masked_fill(~valid, torch.inf).sort(dim=1).values
-        middle = (valid.sum(1, keepdim=True) - 1).clamp(min=0) // 2
-        has_median_value = valid & (flat == ascending.gather(1, middle))
+        # nanmedian is the lower median of what is no NaN, found without sorting; of nothing it is NaN, which nothing equals.
+        middle = flat.masked_fill(~valid, torch.nan).nanmedian(dim=1, keepdim=True).values
+        has_median_value = valid & (flat == middle)
         position = torch.arange(pixels, device=d.device)
         first = torch.where(has_median_value, position, pixels - 1).amin(1, keepdim=True)
     return flat.gather(1, first)[:, :, None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accelerated.losses import align_median
+from accelerated.alignment import align_median
 
 
 def constant_depths(inverse: Tensor, known: Tensor) -> dict[str, Tensor]:

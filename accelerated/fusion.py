@@ -88,6 +88,7 @@ class Fusion(DeepestFusion):
 
 
 def residual_conv_unit(config: Config) -> nn.Module:
+    """The unit that the configuration asks for: with batch norm or without."""
     unit = NormalizedResidualConvUnit if config["fusion_batch_norm"] else ResidualConvUnit
     return unit(config["fusion_width"])
 

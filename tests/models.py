@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+import accelerated
 import reference
 from reference.parameters import BUFFERS
 from tests.equality import MODEL, assert_same, assert_same_dict
@@ -138,3 +139,25 @@ def assert_same_operation(
         assert_same(a, b, rtol, what=f"gradient of input {i}")
     dotted = f"{prefix}." if prefix else ""
     assert_same_dict(grads, {dotted + key: g for key, g in expected_grads.items()}, rtol)
+
+
+def run_accelerated(model: torch.nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """The model as a function of an image (B, 3, H, W): depth or logits."""
+
+    def function(image: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            output = model(torch.from_numpy(image))
+        return (output if isinstance(output, torch.Tensor) else output.logits).numpy()
+
+    return function
+
+
+def run_reference(model: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """The same function, computed by the reference with the model's parameters."""
+    params = accelerated.to_numpy(model)
+
+    def function(image: np.ndarray) -> np.ndarray:
+        output = reference.apply(params, image, model.config)[0]
+        return output if isinstance(output, np.ndarray) else output.logits
+
+    return function

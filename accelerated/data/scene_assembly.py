@@ -33,10 +33,12 @@ def renderer() -> Any:
 
 
 def rgb(colour: tuple[float, float, float]) -> dict[str, Any]:
+    """A linear RGB colour as the renderer reads it."""
     return {"type": "rgb", "value": list(colour)}
 
 
 def bsdf(mi: Any, material: Material, reflectance: dict[str, Any]) -> Any:
+    """The two-sided surface of `material`, coloured by `reflectance`, a colour or texture; ValueError for another kind."""
     if material.kind == "diffuse":
         surface: dict[str, Any] = {"type": "diffuse", "reflectance": reflectance}
     elif material.kind == "plastic":
@@ -49,6 +51,7 @@ def bsdf(mi: Any, material: Material, reflectance: dict[str, Any]) -> Any:
 
 
 def textured(mi: Any, material: Material, extent: tuple[float, float]) -> dict[str, Any]:
+    """The material's colour, or its texture repeated so that one period is `material.metres` of a part of `extent` metres."""
     if material.pixels is None:
         return rgb(material.colour)
     repeat = mi.ScalarTransform4f().scale([extent[0] / material.metres, extent[1] / material.metres, 1.0])
@@ -95,6 +98,7 @@ def grouped(parts: list[Part]) -> list[list[Part]]:
 
 
 def shape(mi: Any, parts: list[Part], surfaces: dict[Hashable, Any]) -> Any:
+    """One shape of the renderer from `parts`, a group of `grouped`; `surfaces` keeps the surfaces made so far, to be shared."""
     first = parts[0]
     material, extent = first.material, first.extent
     # The slow ones of the surfaces, those with a table to compute, have neither texture nor extent: spheres share them.
@@ -108,6 +112,7 @@ def shape(mi: Any, parts: list[Part], surfaces: dict[Hashable, Any]) -> Any:
 
 
 def lights(mi: Any, description: SceneDescription) -> dict[str, Any]:
+    """The sky, the sun and the bulbs of a scene, by name."""
     content: dict[str, Any] = {}
     if description.sky is not None:
         indoors = any(part.label == "ceiling" for part in description.parts)
@@ -123,6 +128,7 @@ def lights(mi: Any, description: SceneDescription) -> dict[str, Any]:
 
 
 def assemble(mi: Any, description: SceneDescription) -> Stage:
+    """Build the renderer's scene from a description, and remember the class of every face of every shape."""
     groups = grouped(description.parts)
     surfaces: dict[Hashable, Any] = {}
     shapes = {f"shape{i:04d}": shape(mi, parts, surfaces) for i, parts in enumerate(groups)}

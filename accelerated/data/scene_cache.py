@@ -81,6 +81,7 @@ class Writer:
             self.starts[name] = file.tell()
 
     def put(self, i: int, scene: Iterable[np.ndarray]) -> None:
+        """Write scene `i`, one row per array; ValueError where it does not fit. `record` makes it count."""
         rows = list(scene)
         for (name, (shape, dtype)), row in zip(self.cache.layout.rows().items(), rows, strict=True):
             if row.shape != shape or row.dtype != dtype:

@@ -88,11 +88,15 @@ class Camera(NamedTuple):
 
 
 class Sun(NamedTuple):
+    """A light from infinitely far away."""
+
     direction: Point  # the way its light travels
     irradiance: Colour
 
 
 class Bulb(NamedTuple):
+    """A light at a point."""
+
     position: Point
     intensity: Colour
 
@@ -136,12 +140,14 @@ class Thing(NamedTuple):
 
 
 def translation(x: float, y: float, z: float) -> np.ndarray:
+    """(4, 4): a move by (x, y, z) metres."""
     matrix = np.eye(4)
     matrix[:3, 3] = x, y, z
     return matrix
 
 
 def scaling(x: float, y: float, z: float) -> np.ndarray:
+    """(4, 4): a scaling along each axis."""
     return np.diag([x, y, z, 1.0])
 
 
@@ -155,6 +161,7 @@ def rotation(axis: str, angle: float) -> np.ndarray:
 
 
 def placed(thing: Thing, x: float, y: float, z: float = 0.0, heading: float = 0.0) -> list[Part]:
+    """The parts of `thing`, turned by `heading` about the vertical and moved to (x, y, z)."""
     move = translation(x, y, z) @ rotation("z", heading)
     return [part._replace(to_world=move @ part.to_world) for part in thing.parts]
 
@@ -170,6 +177,7 @@ def panels(corners: np.ndarray, us: np.ndarray, vs: np.ndarray) -> MeshArrays:
 
 
 def mesh(label: str, material: Material, shape: MeshArrays, to_world: np.ndarray | None = None) -> Part:
+    """A part from the arrays (vertices, faces, uv) of a mesh."""
     vertices, faces, uv = shape
     return Part("mesh", label, np.eye(4) if to_world is None else to_world, material, vertices=vertices, faces=faces, uv=uv)
 
@@ -188,6 +196,7 @@ def block(label: str, material: Material, size: Point, centre: Point) -> Part:
 
 
 def ball(label: str, material: Material, radius: float, centre: Point) -> Part:
+    """A sphere; its texture goes once around it."""
     return Part("sphere", label, translation(*centre) @ scaling(radius, radius, radius), material, (6.0 * radius, 3.0 * radius))
 
 

@@ -21,6 +21,7 @@ Range = tuple[float, float]
 
 
 def colour(rng: np.random.Generator, saturation: Range = (0.1, 0.8), value: Range = (0.25, 0.85)) -> Colour:
+    """A random colour, linear RGB, between the given bounds of saturation and value."""
     red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
     return red**1.6, green**1.6, blue**1.6
 
@@ -35,20 +36,24 @@ def noise(rng: np.random.Generator, shape: tuple[int, int] = (SIDE, SIDE), slope
 
 
 def mixed(weight: np.ndarray, low: Colour, high: Colour) -> np.ndarray:
+    """(h, w, 3) float32: from `low` where the weight (h, w) is 0 to `high` where it is 1."""
     return (np.asarray(low) + weight[..., None] * (np.asarray(high) - np.asarray(low))).astype(np.float32)
 
 
 def checker(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
+    """A checkerboard of two by two fields."""
     half = np.arange(SIDE) < SIDE // 2
     return mixed((half[:, None] ^ half[None]) * 1.0, a, b)
 
 
 def stripes(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
+    """Stripes of two colours, of a random width."""
     wave = (np.arange(SIDE) * int(rng.integers(1, 4)) // (SIDE // 4)) % 2 * 1.0
     return mixed(np.tile(wave, (SIDE, 1)), a, b)
 
 
 def bricks(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
+    """Four courses of bricks, each of its own shade, with mortar between."""
     row, column = np.mgrid[:SIDE, :SIDE]
     course = row // 16
     shifted = (column + 16 * (course % 2)) % SIDE
@@ -59,6 +64,7 @@ def bricks(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
 
 
 def planks(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
+    """Four brown planks with a wavy grain; the given colours do not matter."""
     row = np.arange(SIDE)
     grain = np.abs(np.sin(2 * np.pi * (3 * noise(rng, slope=1.4) + 0.5 * noise(rng, (SIDE, 1), 0.5))))
     shade = rng.uniform(0.7, 1.1, 4)[row // 16][:, None, None]
@@ -69,6 +75,7 @@ def planks(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
 
 
 def tiles(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
+    """Four tiles of the first colour, each of its own shade, with grout between."""
     row, column = np.mgrid[:SIDE, :SIDE]
     grout = (row % 32 < 2) | (column % 32 < 2)
     shade = rng.uniform(0.85, 1.1, (2, 2))[row // 32, column // 32]
@@ -76,10 +83,12 @@ def tiles(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
 
 
 def spots(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
+    """Blots of the second colour on the first."""
     return mixed((noise(rng, slope=1.2) > 0.55) * 1.0, a, b)
 
 
 def mottled(rng: np.random.Generator, a: Colour, b: Colour) -> np.ndarray:
+    """A soft random mixture of two colours."""
     return mixed(noise(rng, slope=rng.uniform(0.3, 1.2)), a, b)
 
 

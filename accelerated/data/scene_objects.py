@@ -16,14 +16,17 @@ GLASS = Material("diffuse", (0.05, 0.07, 0.1))
 
 
 def pick(rng: np.random.Generator, palette: Palette) -> Material:
+    """A random material of the palette."""
     return palette[rng.integers(len(palette))]
 
 
 def rgb(values: np.ndarray) -> tuple[float, float, float]:
+    """An array of three numbers as a colour."""
     return float(values[0]), float(values[1]), float(values[2])
 
 
 def crate(rng: np.random.Generator, palette: Palette, scale: float = 1.0) -> Thing:
+    """A box, now and then with a smaller one on top."""
     x, y, z = rng.uniform(0.25, 0.9, 3) * scale
     parts = [block("box", pick(rng, palette), (x, y, z), (0, 0, z / 2))]
     height = z
@@ -36,16 +39,19 @@ def crate(rng: np.random.Generator, palette: Palette, scale: float = 1.0) -> Thi
 
 
 def sphere(rng: np.random.Generator, palette: Palette, scale: float = 1.0) -> Thing:
+    """A ball that lies on the ground."""
     radius = rng.uniform(0.12, 0.45) * scale
     return Thing([ball("ball", pick(rng, palette), radius, (0, 0, radius))], radius, 2 * radius)
 
 
 def pillar(rng: np.random.Generator, palette: Palette, scale: float = 1.0) -> Thing:
+    """An upright cylinder."""
     radius, height = rng.uniform(0.1, 0.3) * scale, rng.uniform(0.8, 2.4) * scale
     return Thing(column("pillar", pick(rng, palette), radius, height, (0, 0, 0)), radius, height)
 
 
 def cone(rng: np.random.Generator, palette: Palette, scale: float = 1.0) -> Thing:
+    """An upright cone."""
     radius, height = rng.uniform(0.15, 0.4) * scale, rng.uniform(0.4, 1.1) * scale
     return Thing([spire("cone", pick(rng, palette), radius, height, (0, 0, 0))], radius, height)
 
@@ -104,6 +110,7 @@ def shelf(rng: np.random.Generator, palette: Palette, scale: float = 1.0) -> Thi
 
 
 def foliage(rng: np.random.Generator) -> Material:
+    """Green leaves, light and dark."""
     green = (rng.uniform(0.04, 0.25), rng.uniform(0.14, 0.32), rng.uniform(0.02, 0.08))
     dark = (0.4 * green[0], 0.4 * green[1], 0.4 * green[2])
     return Material("diffuse", green, pixels=mottled(rng, dark, green), metres=rng.uniform(0.8, 2.0))
@@ -151,6 +158,7 @@ class Layout(NamedTuple):
     circles: list[tuple[float, float, float]]
 
     def free(self, x: float, y: float, radius: float) -> bool:
+        """Whether a circle at (x, y) touches nothing that is there already."""
         return all(math.hypot(x - cx, y - cy) > radius + r for cx, cy, r in self.circles)
 
     def in_view(self, rng: np.random.Generator, near: float, far: float) -> tuple[float, float]:

@@ -80,5 +80,6 @@ def tone_mapped(radiance: np.ndarray, exposure: float) -> np.ndarray:
 
 
 def render(stage: Stage, size: int, seed: int, exposure: float) -> Scene:
+    """Render one scene: its picture, brought to `exposure`, and its geometry. Deterministic in `seed`."""
     depth, label = geometry(stage, size)
     return Scene(tone_mapped(radiance(stage, size, seed), exposure), depth, label)

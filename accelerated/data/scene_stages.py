@@ -76,6 +76,7 @@ def fences(rng: np.random.Generator, layout: objects.Layout) -> list[Part]:
 
 
 def scatter(rng: np.random.Generator, layout: objects.Layout, materials: list[Material]) -> list[Part]:
+    """Things at random places in front of the camera, a few of them near, none in another."""
     small = (objects.crate, objects.sphere, objects.pillar, objects.cone)
     kinds = (*small, objects.tree, objects.house, objects.table, objects.chair)
     odds = np.array([0.2, 0.12, 0.12, 0.1, 0.26, 0.1, 0.05, 0.05])

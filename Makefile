@@ -18,7 +18,7 @@ endif
 endif
 
 # What an installation depends on. The extension is compiled by the installation, beside its source.
-SOURCES := pyproject.toml setup.py $(wildcard reference/*.pyx reference/*/*.pyx)
+SOURCES := pyproject.toml setup.py $(wildcard reference/nn/*.pyx reference/nn/*.pxd reference/nn/*.h)
 
 RUN := runs/demo
 PICTURES := predictions
@@ -28,7 +28,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN) -m p
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test explore lint format clean
+.PHONY: help demo test explore sanitize lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -46,6 +46,21 @@ test: $(VENV)/installed-tests  ## install, then run all tests
 
 explore: $(VENV)/installed-tests  ## all tests with many random examples: an hour of looking for what the others miss
 	$(PYTEST) --hypothesis-profile=explore
+
+# A copy of the package, so that the checkout's own extension stays as it is. Python itself is not instrumented: the sanitizers'
+# library is loaded before it, and leaks, of which an interpreter has many that are none, are not looked for.
+SANITIZED := build/sanitize
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,nn_conv2d nn_gelu nn_linear_softmax nn_norms nn_pooling nn_resize nn_selection))
+
+sanitize: $(VENV)/installed-tests  ## the compiled twins and their tests under the address and undefined-behaviour sanitizers
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r reference tests pyproject.toml setup.py README.md LICENSE $(SANITIZED)
+	rm -f $(SANITIZED)/reference/nn/*.so
+	cd $(SANITIZED) && CC="$(CC) $(SANITIZE)" $(abspath $(BIN)) setup.py --quiet build_ext --inplace --parallel 2
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN)) -m pytest --quiet -p no:cacheprovider $(SANITIZED_TESTS)
 
 lint: $(VENV)/installed-dev  ## check style and types
 	$(BIN) -m ruff check .

@@ -13,14 +13,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accelerated.attention import attention_map, attention_maps
     from accelerated.checkpoints import load_checkpoint
-    from accelerated.configs import CONFIGS, configuration
+    from accelerated.configs import CONFIGS, MIDAS, configuration
     from accelerated.dpt import DPT, create_model
     from accelerated.heads import Segmentation
+    from accelerated.inference import segment
     from accelerated.weights import load, save, to_numpy
 
 _HOME = {
     "CONFIGS": "configs",
+    "MIDAS": "configs",
     "configuration": "configs",
     "DPT": "dpt",
     "create_model": "dpt",
@@ -29,17 +32,24 @@ _HOME = {
     "load": "weights",
     "save": "weights",
     "to_numpy": "weights",
+    "segment": "inference",
+    "attention_map": "attention",
+    "attention_maps": "attention",
 }
 
 __all__ = [
     "CONFIGS",
     "DPT",
+    "MIDAS",
     "Segmentation",
+    "attention_map",
+    "attention_maps",
     "configuration",
     "create_model",
     "load",
     "load_checkpoint",
     "save",
+    "segment",
     "to_numpy",
 ]
 

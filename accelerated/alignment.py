@@ -54,6 +54,17 @@ def _median(d: Tensor, mask: Tensor) -> Tensor:
     return flat.gather(1, first)[:, :, None]
 
 
+def median_and_deviation(d: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Per image, the lower median t and the mean absolute deviation s = mean |d - t| of the valid pixels, each (B, 1, 1).
+
+    s is at least 1e-6, with no gradient where it was clamped. Both count valid pixels only: t = 0, s = 1e-6 where there are none.
+    """
+    d = valid_or_zero(d, mask)
+    median = _median(d, mask)
+    deviation = torch.where(mask, d - median, 0.0).abs().sum(_PIXELS, keepdim=True) / _count(mask)
+    return median, torch.where(deviation < SMALLEST_DEVIATION, SMALLEST_DEVIATION, deviation)
+
+
 def align_median(d: Tensor, mask: Tensor) -> Tensor:
     """Align each image of d (B, H, W) by its own lower median t and mean absolute deviation s, over its valid pixels.
 
@@ -61,9 +72,8 @@ def align_median(d: Tensor, mask: Tensor) -> Tensor:
     pixels give d^ = 0. For any a > 0 and b, a * d + b has the same d^. Valid pixels must be finite, which is not checked here.
     """
     d = valid_or_zero(d, mask)
-    centred = torch.where(mask, d - _median(d, mask), 0.0)
-    deviation = centred.abs().sum(_PIXELS, keepdim=True) / _count(mask)
-    return centred / torch.where(deviation < SMALLEST_DEVIATION, SMALLEST_DEVIATION, deviation)
+    median, deviation = median_and_deviation(d, mask)
+    return torch.where(mask, d - median, 0.0) / deviation
 
 
 def _lowest(d: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ widths of the reassemble stages, LayerNorm eps, preprocessing).
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 Config = dict[str, Any]
@@ -111,20 +112,84 @@ CONFIGS: dict[str, Config] = {
         **_RESNET50,
         "image_size": 96,
         "embed_dim": 192,
-        "depth": 6,
+        "depth": 3,
         "num_heads": 3,
         "mlp_dim": 768,
         "resnet_stem_width": 32,
-        "resnet_layers": [1, 1, 2],
+        "resnet_layers": [2, 2, 2],
         "resnet_widths": [64, 128, 256],
         "resnet_groups": 8,
-        "taps": ["R0", "R1", 3, 5],
+        "taps": ["R0", "R1", 1, 2],
         "reassemble_widths": [64, 128, 192, 192],
         **_DECODER,
         "fusion_width": 64,
-        "head_widths": [32, 32],
+        "head_widths": [32, 16],
         **_PREPROCESSING,
         "network_size": 128,
+    },
+}
+
+# MiDaS, the convolutional network that the paper measures itself against (section 4.1 and table 8). Sources: Ranftl et al.,
+# "Towards Robust Monocular Depth Estimation" (2020), and the authors' published code for v2.1 (widths, preprocessing, quirks).
+_MIDAS_PREPROCESSING: Config = {
+    **_PREPROCESSING,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resize_method": "upper_bound",
+}
+
+_MIDAS_DECODER: Config = {
+    "task": "depth",
+    "fusion_block": "rectified",  # ReLU(x) + f(x), no 1x1 convolution; or "projected": x + f(x), and the paper's 1x1 convolution
+    "fusion_widths": [256, 256, 256, 256],  # finest first
+    "head_widths": [128, 32],
+}
+
+_MIDAS_RESNET: Config = {
+    "encoder": "resnet",
+    "resnet_layers": [3, 4, 6, 3],
+    "resnet_widths": [256, 512, 1024, 2048],
+    "resnet_cardinality": 1,  # groups of a bottleneck's 3x3 convolution
+    "resnet_base_width": 64,  # channels of each group where the bottleneck is 64 wide
+    "batch_norm_eps": 1e-5,
+}
+
+MIDAS: dict[str, Config] = {
+    "midas_v21": {
+        "name": "midas_v21",
+        "backbone": "resnext101_32x8d.fb_wsl_ig1b_ft_in1k",
+        **_MIDAS_RESNET,
+        "resnet_layers": [3, 4, 23, 3],
+        "resnet_cardinality": 32,
+        "resnet_base_width": 8,
+        **_MIDAS_DECODER,
+        **_MIDAS_PREPROCESSING,
+    },
+    "midas_resnet50": {
+        "name": "midas_resnet50",
+        "backbone": "resnet50.tv_in1k",
+        **_MIDAS_RESNET,
+        **_MIDAS_DECODER,
+        **_MIDAS_PREPROCESSING,
+    },
+    "midas_v21_small": {
+        "name": "midas_v21_small",
+        "backbone": "tf_efficientnet_lite3.in1k",
+        "encoder": "efficientnet",
+        "efficientnet_stem_width": 32,
+        "efficientnet_layers": [1, 3, 3, 5, 5, 6, 1],
+        "efficientnet_widths": [24, 32, 48, 96, 136, 232, 384],
+        "efficientnet_kernels": [3, 3, 5, 3, 5, 5, 3],
+        "efficientnet_strides": [1, 2, 2, 2, 1, 2, 1],
+        "efficientnet_expansions": [1, 6, 6, 6, 6, 6, 6],
+        "efficientnet_taps": [1, 2, 4, 6],  # 0-based stages: the last at each of 1/4, 1/8, 1/16, 1/32
+        "batch_norm_eps": 1e-3,
+        **_MIDAS_DECODER,
+        "fusion_block": "projected",
+        "fusion_widths": [64, 128, 256, 512],
+        "head_widths": [32, 32],
+        **_MIDAS_PREPROCESSING,
+        "network_size": 256,
     },
 }
 
@@ -138,17 +203,19 @@ def configuration(
     taps: list[int | str] | None = None,
     num_classes: int | None = None,
 ) -> Config:
-    """Return a fresh copy of `CONFIGS[name]`, changed as asked.
+    """Return a fresh copy of `CONFIGS[name]` or `MIDAS[name]`, changed as asked.
 
     `task="segmentation"` adds `num_classes` (150 unless given, as ADE20K), batch norm in the fusion blocks, dropout 0.1 before
-    the classifiers and a network size of 480 (paper section 5.2). Raises ValueError for an unknown name or task, and for
-    `num_classes` with a depth model.
+    the classifiers and a network size of 480 (paper section 5.2). Raises ValueError for an unknown name or task, for
+    `num_classes` with a depth model, and for a MiDaS with a readout, taps or another task than depth.
     """
-    if name not in CONFIGS:
-        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(sorted(CONFIGS))}")
+    if name not in CONFIGS | MIDAS:
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(sorted(CONFIGS | MIDAS))}")
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
-    config = copy.deepcopy(CONFIGS[name])
+    if name in MIDAS and (task != "depth" or readout is not None or taps is not None):
+        raise ValueError(f"{name} is a MiDaS: expected task='depth', and neither readout nor taps, which are a transformer's")
+    config = copy.deepcopy((CONFIGS | MIDAS)[name])
     config["task"] = task
     if task == "segmentation":
         del config["head_widths"]
@@ -167,7 +234,13 @@ def configuration(
 
 
 def validate(config: Config) -> None:
-    """Raise ValueError, in one sentence, where no DPT can be built from `config`, or no image prepared for it."""
+    """Raise ValueError, in one sentence, where no model can be built from `config`, or no image prepared for it.
+
+    A configuration with an "encoder" is a MiDaS's, every other one a DPT's.
+    """
+    if "encoder" in config:
+        _validate_midas(config)
+        return
     _one_of(config, "task", TASKS)
     _one_of(config, "embedding", ("patch", "resnet"))
     _complete(config)
@@ -188,9 +261,12 @@ def validate(config: Config) -> None:
 
 
 def _complete(config: Config) -> None:
-    """Demand every key that a model of this task and embedding reads."""
+    """Demand every key that a DPT of this task and embedding reads."""
     common = set(CONFIGS["dpt_base" if config["embedding"] == "patch" else "dpt_hybrid"]) - {"head_widths"}
-    needed = common | ({"head_widths"} if config["task"] == "depth" else {"num_classes", "dropout"})
+    _has(config, common | ({"head_widths"} if config["task"] == "depth" else {"num_classes", "dropout"}))
+
+
+def _has(config: Config, needed: set[str]) -> None:
     missing = sorted(needed - config.keys())
     if missing:
         raise ValueError(f"the configuration lacks {', '.join(missing)}: expected the keys of accelerated.configuration(...)")
@@ -229,3 +305,53 @@ def _validate_taps(config: Config) -> None:
             f"reassemble_widths are {config['reassemble_widths']}: where 'R0' and 'R1' are tapped the first two are those of "
             f"the resnet, {config['resnet_widths'][:2]}"
         )
+
+
+def _validate_midas(config: Config) -> None:
+    _one_of(config, "encoder", ("resnet", "efficientnet"))
+    resnet = config["encoder"] == "resnet"
+    _has(config, set(MIDAS["midas_v21" if resnet else "midas_v21_small"]))
+    _one_of(config, "task", ("depth",))
+    _one_of(config, "fusion_block", ("rectified", "projected"))
+    widths = config["fusion_widths"]
+    if len(widths) != 4 or (config["fusion_block"] == "rectified" and len(set(widths)) > 1):
+        raise ValueError(f"fusion_widths are {widths}: expected four, all the same where fusion_block is 'rectified'")
+    if resnet:
+        _validate_bottlenecks(config)
+    else:
+        _validate_inverted_residuals(config)
+    _one_of(config, "resize_method", ("minimal", "lower_bound", "upper_bound"))
+    if config["resize_multiple"] % 4:
+        raise ValueError(f"resize_multiple is {config['resize_multiple']}: expected a multiple of 4")
+
+
+def _validate_bottlenecks(config: Config) -> None:
+    layers, widths, base = config["resnet_layers"], config["resnet_widths"], config["resnet_base_width"]
+    if len(layers) != 4 or len(widths) != 4:
+        raise ValueError(f"resnet_layers {layers} and resnet_widths {widths} do not fit: expected four stages")
+    if any(width % 4 or width // 4 * base < 64 for width in widths):
+        raise ValueError(
+            f"resnet_widths are {widths}, resnet_base_width is {base}: expected multiples of 4, and each a channel in every group"
+        )
+
+
+def _validate_inverted_residuals(config: Config) -> None:
+    names = ("layers", "widths", "kernels", "strides", "expansions")
+    stages = [config[f"efficientnet_{name}"] for name in names]
+    taps, count = list(config["efficientnet_taps"]), len(stages[0])
+    if any(len(values) != count for values in stages):
+        raise ValueError(
+            f"efficientnet_{', efficientnet_'.join(names)} are of lengths {[len(v) for v in stages]}: expected one length"
+        )
+    if len(taps) != 4 or taps != sorted(set(taps)) or not all(type(tap) is int and 0 <= tap < count for tap in taps):
+        raise ValueError(f"efficientnet_taps are {taps}: expected four increasing stages from 0 to {count - 1}")
+    reached = [2 * math.prod(config["efficientnet_strides"][: tap + 1]) for tap in taps]
+    if reached != [4, 8, 16, 32]:
+        raise ValueError(f"efficientnet_taps are {taps}, where the stride is {reached}: expected [4, 8, 16, 32]")
+    inputs = [config["efficientnet_stem_width"], *config["efficientnet_widths"][:-1]]
+    for stage, expansion in enumerate(config["efficientnet_expansions"]):
+        if any(width * expansion % 8 for width in (inputs[stage], config["efficientnet_widths"][stage])):
+            raise ValueError(
+                f"efficientnet_widths are {config['efficientnet_widths']}, efficientnet_stem_width {inputs[0]}: "
+                f"expected multiples of 8 once expanded, which in stage {stage} is by {expansion}"
+            )

@@ -26,15 +26,27 @@ def create_model(
     num_classes: int | None = None,
     pretrained: bool = False,
 ) -> DPT:
-    """Return a new DPT in training mode, its decoder random, its encoder random or (`pretrained`) from ImageNet through timm.
+    """Return a new DPT (or MiDaS) in training mode, its decoder random, its encoder random or (`pretrained`) timm's for ImageNet.
 
     Arguments are those of `configuration`. Raises ValueError for names, readouts, taps or classes that no DPT has,
     ConnectionError where the ImageNet weights cannot be fetched.
     """
-    model = DPT(configuration(name, task, readout, taps, num_classes))
+    model = from_config(configuration(name, task, readout, taps, num_classes))
     if pretrained:
         load_imagenet(model.backbone, model.config)
     return model
+
+
+def from_config(config: Config) -> DPT:
+    """Return a new model of `config` with random weights, in training mode: a DPT, or a `MiDaS` where it has an "encoder".
+
+    Raises ValueError for a configuration of which no model can be built.
+    """
+    if "encoder" in config:
+        from accelerated.midas import MiDaS
+
+        return MiDaS(config)
+    return DPT(config)
 
 
 class DPT(nn.Module):
@@ -47,11 +59,15 @@ class DPT(nn.Module):
         super().__init__()
         validate(config)
         self.config = copy.deepcopy(config)
+        self.segments: bool = config["task"] == "segmentation"
+        self.assemble(config)
+
+    def assemble(self, config: Config) -> None:
+        """Make the modules."""
         self.patch_size: int = config["patch_size"]
         self.backbone = Backbone(config)
         self.reassemble = reassemble_stages(config)
         self.fusion = fusion_blocks(config)
-        self.segments: bool = config["task"] == "segmentation"
         if self.segments:
             self.head: nn.Module = SegmentationHead(config)
             self.auxiliary = SegmentationHead(config)

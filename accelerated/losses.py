@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .alignment import align_least_squares, align_median, centred, least_squares, valid_or_zero
+from .alignment import align_least_squares, align_median, centred, least_squares, median_and_deviation, valid_or_zero
 
 
 def _check_shapes(prediction: Tensor, target: Tensor, mask: Tensor) -> None:
@@ -52,6 +52,8 @@ def trimmed_absolute(residual: Tensor, mask: Tensor, kept: float = 0.8) -> Tenso
         raise ValueError(f"kept={kept}: expected a fraction of the valid pixels, between 0 and 1")
     size, valid = residual.abs().flatten(1), mask.flatten(1)
     count = valid.sum(1)
+    if kept == 1:  # nothing is trimmed, so nothing need be ranked
+        return torch.where(valid, size, 0.0).sum(1) / (2 * count.clamp(min=1))
     with torch.no_grad():
         ascending = size.masked_fill(~valid, torch.inf).argsort(dim=1, stable=True)
         used = (kept * count.double()).floor()  # in float64: float32 would miscount from some ten million pixels on
@@ -161,6 +163,27 @@ def correlation_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor
     variances = (x * x).sum((1, 2)) * (y * y).sum((1, 2))
     correlation = (x * y).sum((1, 2)) / torch.where(constant, 1.0, variances).sqrt()
     return torch.where(constant, 0.0, 1 - correlation).mean() * _nan_unless_finite(prediction, target)
+
+
+ANCHOR = 3.0
+"""Where `anchor_loss` wants the median, with a deviation of 1: the farthest pixels then lie above zero too."""
+
+
+def anchor_loss(prediction: Tensor, mask: Tensor) -> Tensor:
+    """(log S)^2 + (T - 3)^2, T and S the batch's mean median and mean deviation: 0 where S = 1 and T = 3.
+
+    Not a loss of the paper, whose loss is blind to the scale and shift of a prediction, as `correlation_loss` is: from random
+    weights both drift, by many orders of magnitude, until what depends on the image is lost in rounding. This holds them in
+    place and asks nothing else. prediction (B, H, W), mask bool (B, H, W); T and S are averaged over the images with a valid
+    pixel, the loss is 0 where there is none. Returns a scalar; dtypes, errors and NaN as in `depth_loss`.
+    """
+    _check_shapes(prediction, prediction, mask)
+    median, deviation = median_and_deviation(prediction, mask)
+    known = mask.any(2).any(1)[:, None, None]
+    images, some = known.sum().clamp(min=1), known.any()
+    t = torch.where(known, median, 0.0).sum() / images
+    s = torch.where(some, torch.where(known, deviation, 0.0).sum() / images, 1.0)
+    return torch.where(some, s.log() ** 2 + (t - ANCHOR) ** 2, 0.0) * _nan_unless_finite(prediction.where(mask, 0.0), t)
 
 
 def check_labels(labels: Tensor, batch: int, num_classes: int, ignore_index: int) -> None:

@@ -11,10 +11,10 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -52,7 +52,15 @@ class Recipe(BaseModel):
     smallest_window: float = Field(
         0.6, gt=0, le=1, description="side of the smallest random square window of a scene, as a share of the scene's"
     )
-    crop: PositiveInt = Field(80, description="pixels along the side to which a window is scaled; a multiple of the patch size")
+    crops: list[PositiveInt] = Field(
+        [32, 64, 96],
+        min_length=1,
+        description="pixels along the side to which a window is scaled, one number per stage of the training: small images "
+        "come first, since they teach much in little time; multiples of the patch size",
+    )
+    crop_shares: list[PositiveFloat] = Field(
+        [0.65, 0.23, 0.12], min_length=1, description="share of the steps that each stage takes, relative to the others'"
+    )
     flip: bool = Field(True, description="mirror every other crop, at random")
     color_jitter: float = Field(0.2, ge=0, lt=1, description="largest relative change of contrast and of each channel, at random")
 
@@ -79,6 +87,11 @@ class Recipe(BaseModel):
     untrimmed: float = Field(
         0.8, ge=0, le=1, description="depth: share of the steps, at the start, during which nothing is trimmed"
     )
+    anchor: float = Field(
+        0.1,
+        ge=0,
+        description="depth: weight of what holds in place the scale and shift that the losses cannot see",
+    )
     gradient_weight: float = Field(0.5, ge=0, description="depth: weight of the gradient-matching term")
     auxiliary_weight: float = Field(0.2, ge=0, description="segmentation: weight of the auxiliary head's cross-entropy")
 
@@ -94,6 +107,12 @@ class Recipe(BaseModel):
         gt=0,
         description="depth: held-out AbsRel promised to be at most this times that of the same model shown other scenes' images",
     )
+
+    @model_validator(mode="after")
+    def _one_share_per_crop(self) -> Self:
+        if len(self.crops) != len(self.crop_shares):
+            raise ValueError(f"crop_shares has {len(self.crop_shares)} numbers for {len(self.crops)} crops: expected one each")
+        return self
 
 
 class _RecipeFile(PydanticBaseSettingsSource):
@@ -199,6 +218,8 @@ def _sentence(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return _unknown_key(key, Recipe)
+    if not key:  # about several keys at once, which the message names itself
+        return first["msg"].removeprefix("Value error, ")
     expected = first["msg"][0].lower() + first["msg"][1:]
     return f"{key} = {first['input']!r} does not fit: {expected}"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import accelerated
 from accelerated import baselines, metrics, panels
 from accelerated.data.scenes import CLASSES
-from accelerated.losses import correlation_loss, depth_loss, segmentation_loss
+from accelerated.losses import anchor_loss, correlation_loss, depth_loss, segmentation_loss
 
 if TYPE_CHECKING:
     from accelerated import DPT, Segmentation
@@ -82,7 +82,7 @@ class Depth:
         begun = (progress - recipe.correlation) / recipe.correlation if recipe.correlation else 1.0
         paper = min(max(begun, 0.0), 1.0)
         kept = 1.0 if progress < recipe.untrimmed else recipe.kept
-        loss = output.new_zeros((), dtype=torch.float32)
+        loss = recipe.anchor * anchor_loss(output, known)
         if paper < 1:
             loss = loss + (1 - paper) * correlation_loss(output, inverse, known)
         if paper > 0:

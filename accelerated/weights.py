@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accelerated.configs import Config
-from accelerated.dpt import DPT
+from accelerated.dpt import DPT, from_config
 
 _NAMED = 4  # keys that an error names before it says "and N more"
 
@@ -79,7 +79,7 @@ def from_tensors(config: Config, tensors: Mapping[str, Tensor], source: str) -> 
     """
     try:
         with torch.device("meta"):  # every value comes from the tensors: allocate and initialise nothing
-            model = DPT(config)
+            model = from_config(config)
         name, task = config["name"], config["task"]
     except KeyError as error:
         raise ValueError(f"{source} has a configuration without {error}: it describes no DPT") from error

@@ -7,9 +7,11 @@ Read it in the order of the paper: `embed`, `attention`, `transformer`, `resnet`
 `losses`. The primitives they are made of lie in `reference.nn`.
 """
 
-from .configs import CONFIGS, Config, configuration
+from .attention import attention_map
+from .configs import CONFIGS, MIDAS, Config, configuration
 from .dpt import Segmentation, apply
 from .implementation import implementation, use
+from .inference import segment
 from .initialize import initialize, parameter_shapes
 from .weights import load, save
 
@@ -17,14 +19,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CONFIGS",
+    "MIDAS",
     "Config",
     "Segmentation",
     "apply",
+    "attention_map",
     "configuration",
     "implementation",
     "initialize",
     "load",
     "parameter_shapes",
     "save",
+    "segment",
     "use",
 ]

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .nn.selection import lower_median
+
 SMALLEST_DEVIATION = 1e-6  # s(d) of the median alignment is clamped here
 
 
@@ -29,45 +31,33 @@ class LeastSquares(NamedTuple):
     singular: np.ndarray
 
 
-def _median(d: np.ndarray) -> tuple[Any, Callable]:
-    """Lower median t of d (M,): the smaller of the two middle values if M is even."""
-    middle = (len(d) - 1) // 2
-    t = np.partition(d, middle)[middle]
-    first = int(np.argmax(d == t))  # equal values: the first in row-major order takes the whole gradient
+class MedianDeviation(NamedTuple):
+    """Per image: the median t (B,) and the mean absolute deviation from it s (B,)."""
 
-    def vjp(dt: Any) -> np.ndarray:
-        dd = np.zeros_like(d)
-        dd[first] = dt
-        return dd
-
-    return t, vjp
+    median: np.ndarray
+    deviation: np.ndarray
 
 
-def _deviation(d: np.ndarray, t: Any) -> tuple[Any, Callable]:
-    """s = max(mean |d - t|, 1e-6) of d (M,). No gradient where clamped; that of |x| is 0 at x = 0."""
-    mean = np.abs(d - t).sum() / d.dtype.type(len(d))
+def median_and_deviation(d: np.ndarray, mask: np.ndarray) -> tuple[MedianDeviation, Callable]:
+    """Per image, the lower median t and the mean absolute deviation s = mean |d - t| of the valid pixels of d (B, H, W).
+
+    Returns MedianDeviation and vjp(dt (B,), ds (B,)) -> dd. s is at least 1e-6, with no gradient where it was clamped; t = 0 and
+    s = 1e-6 where no pixel is valid.
+    """
+    flat, valid, zero = d.reshape(len(d), -1), mask.reshape(len(d), -1), d.dtype.type(0)
+    t, first = lower_median(flat, valid)  # equal values: the first in row-major order takes the whole gradient
+    count = np.maximum(valid.sum(axis=1), 1).astype(d.dtype)
+    centred = np.where(valid, flat, t[:, None]) - t[:, None]
+    mean = np.abs(centred).sum(axis=1) / count
     clamped = mean < SMALLEST_DEVIATION
-    s = d.dtype.type(SMALLEST_DEVIATION) if clamped else mean
 
-    def vjp(ds: Any) -> tuple[np.ndarray, Any]:
-        dd = np.zeros_like(d) if clamped else np.sign(d - t) * (ds / d.dtype.type(len(d)))
-        return dd, -dd.sum()
+    def vjp(dt: np.ndarray, ds: np.ndarray) -> np.ndarray:
+        dd = np.sign(centred) * (np.where(clamped, zero, ds) / count)[:, None]  # the gradient of |x| is 0 at x = 0
+        rows = np.flatnonzero(valid.any(axis=1))
+        dd[rows, first[rows]] += dt[rows] - dd[rows].sum(axis=1)  # all pixels are measured from t
+        return dd.reshape(d.shape)
 
-    return s, vjp
-
-
-def _standardize(d: np.ndarray) -> tuple[np.ndarray, Callable]:
-    """(d - t) / s of one image's valid pixels d (M,)."""
-    t, median_vjp = _median(d)
-    s, deviation_vjp = _deviation(d, t)
-    aligned = (d - t) / s
-
-    def vjp(daligned: np.ndarray) -> np.ndarray:
-        dd = daligned / s
-        dd_through_s, dt = deviation_vjp(-(dd * aligned).sum())
-        return dd + dd_through_s + median_vjp(dt - dd.sum())
-
-    return aligned, vjp
+    return MedianDeviation(t, np.where(clamped, d.dtype.type(SMALLEST_DEVIATION), mean)), vjp
 
 
 def align_median(d: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, Callable]:
@@ -76,18 +66,13 @@ def align_median(d: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, Callable]
     Returns d^ (B, H, W) and vjp(dd^) -> dd. Gradients flow through t and s. Where the valid pixels are constant, s is 1e-6 and
     d^ is 0. For any a > 0 and b, a * d + b has the same d^.
     """
-    aligned = np.zeros_like(d)
-    vjps: list[tuple[int, Callable]] = []
-    for b in range(len(d)):
-        if mask[b].any():
-            aligned[b, mask[b]], vjp_b = _standardize(d[b, mask[b]])
-            vjps.append((b, vjp_b))
+    (t, s), statistics_vjp = median_and_deviation(d, mask)
+    t, s, zero = t[:, None, None], s[:, None, None], d.dtype.type(0)
+    aligned = (np.where(mask, d, t) - t) / s
 
     def vjp(daligned: np.ndarray) -> np.ndarray:
-        dd = np.zeros_like(d)
-        for b, vjp_b in vjps:
-            dd[b, mask[b]] = vjp_b(daligned[b, mask[b]])
-        return dd
+        direct = np.where(mask, daligned, zero) / s
+        return direct + statistics_vjp(-direct.sum(axis=(1, 2)), -(direct * aligned).sum(axis=(1, 2)))
 
     return aligned, vjp
 

@@ -63,3 +63,28 @@ def attention(
         return dx, merge(qkv_grads, proj_grads)
 
     return y, vjp
+
+
+def attention_map(
+    attention: np.ndarray, grid: tuple[int, int], query: tuple[int, int] | None = None, prefix_tokens: int = 1
+) -> np.ndarray:
+    """Where one token looks, per head: (B, heads, h, w), from an attention map (B, heads, N, N) as `observe` is given it.
+
+    `query`: a patch by its row and column in the grid (h, w), or None, the readout token. N = prefix_tokens + h w. What the token
+    spends on the prefix tokens is left out, so a map sums to one less that. Raises ValueError for shapes, a grid or a query that
+    do not fit.
+    """
+    height, width = grid
+    tokens = prefix_tokens + height * width
+    if attention.ndim != 4 or attention.shape[2:] != (tokens, tokens):
+        raise ValueError(
+            f"attention has shape {attention.shape}: expected (B, heads, {tokens}, {tokens}), for {prefix_tokens} prefix tokens "
+            f"and a grid of {height} x {width} patches"
+        )
+    if query is None:
+        token = 0
+    elif 0 <= query[0] < height and 0 <= query[1] < width:
+        token = prefix_tokens + query[0] * width + query[1]
+    else:
+        raise ValueError(f"query is {query}: expected the row and column of a patch in a grid of {height} x {width}, or None")
+    return attention[:, :, token, prefix_tokens:].reshape(*attention.shape[:2], height, width)

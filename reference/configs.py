@@ -111,20 +111,84 @@ CONFIGS: dict[str, Config] = {
         **_RESNET50,
         "image_size": 96,
         "embed_dim": 192,
-        "depth": 6,
+        "depth": 3,
         "num_heads": 3,
         "mlp_dim": 768,
         "resnet_stem_width": 32,
-        "resnet_layers": [1, 1, 2],
+        "resnet_layers": [2, 2, 2],
         "resnet_widths": [64, 128, 256],
         "resnet_groups": 8,
-        "taps": ["R0", "R1", 3, 5],
+        "taps": ["R0", "R1", 1, 2],
         "reassemble_widths": [64, 128, 192, 192],
         **_DECODER,
         "fusion_width": 64,
-        "head_widths": [32, 32],
+        "head_widths": [32, 16],
         **_PREPROCESSING,
         "network_size": 128,
+    },
+}
+
+# MiDaS, the convolutional network that the paper measures itself against (section 4.1 and table 8). Sources: Ranftl et al.,
+# "Towards Robust Monocular Depth Estimation" (2020), and the authors' published code for v2.1 (widths, preprocessing, quirks).
+_MIDAS_PREPROCESSING: Config = {
+    **_PREPROCESSING,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resize_method": "upper_bound",
+}
+
+_MIDAS_DECODER: Config = {
+    "task": "depth",
+    "fusion_block": "rectified",  # ReLU(x) + f(x), no 1x1 convolution; or "projected": x + f(x), and the paper's 1x1 convolution
+    "fusion_widths": [256, 256, 256, 256],  # finest first
+    "head_widths": [128, 32],
+}
+
+_MIDAS_RESNET: Config = {
+    "encoder": "resnet",
+    "resnet_layers": [3, 4, 6, 3],
+    "resnet_widths": [256, 512, 1024, 2048],
+    "resnet_cardinality": 1,  # groups of a bottleneck's 3x3 convolution
+    "resnet_base_width": 64,  # channels of each group where the bottleneck is 64 wide
+    "batch_norm_eps": 1e-5,
+}
+
+MIDAS: dict[str, Config] = {
+    "midas_v21": {
+        "name": "midas_v21",
+        "backbone": "resnext101_32x8d.fb_wsl_ig1b_ft_in1k",
+        **_MIDAS_RESNET,
+        "resnet_layers": [3, 4, 23, 3],
+        "resnet_cardinality": 32,
+        "resnet_base_width": 8,
+        **_MIDAS_DECODER,
+        **_MIDAS_PREPROCESSING,
+    },
+    "midas_resnet50": {
+        "name": "midas_resnet50",
+        "backbone": "resnet50.tv_in1k",
+        **_MIDAS_RESNET,
+        **_MIDAS_DECODER,
+        **_MIDAS_PREPROCESSING,
+    },
+    "midas_v21_small": {
+        "name": "midas_v21_small",
+        "backbone": "tf_efficientnet_lite3.in1k",
+        "encoder": "efficientnet",
+        "efficientnet_stem_width": 32,
+        "efficientnet_layers": [1, 3, 3, 5, 5, 6, 1],
+        "efficientnet_widths": [24, 32, 48, 96, 136, 232, 384],
+        "efficientnet_kernels": [3, 3, 5, 3, 5, 5, 3],
+        "efficientnet_strides": [1, 2, 2, 2, 1, 2, 1],
+        "efficientnet_expansions": [1, 6, 6, 6, 6, 6, 6],
+        "efficientnet_taps": [1, 2, 4, 6],  # 0-based stages: the last at each of 1/4, 1/8, 1/16, 1/32
+        "batch_norm_eps": 1e-3,
+        **_MIDAS_DECODER,
+        "fusion_block": "projected",
+        "fusion_widths": [64, 128, 256, 512],
+        "head_widths": [32, 32],
+        **_MIDAS_PREPROCESSING,
+        "network_size": 256,
     },
 }
 
@@ -138,17 +202,19 @@ def configuration(
     taps: list[int | str] | None = None,
     num_classes: int | None = None,
 ) -> Config:
-    """Return a fresh copy of `CONFIGS[name]`, changed as asked.
+    """Return a fresh copy of `CONFIGS[name]` or `MIDAS[name]`, changed as asked.
 
     `task="segmentation"` adds `num_classes` (150 unless given, as ADE20K), batch norm in the fusion blocks, dropout 0.1 before
-    the classifiers and a network size of 480 (paper section 5.2). Raises ValueError for an unknown name or task, and for
-    `num_classes` with a depth model.
+    the classifiers and a network size of 480 (paper section 5.2). Raises ValueError for an unknown name or task, for
+    `num_classes` with a depth model, and for a MiDaS with a readout, taps or another task than depth.
     """
-    if name not in CONFIGS:
-        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(sorted(CONFIGS))}")
+    if name not in CONFIGS | MIDAS:
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(sorted(CONFIGS | MIDAS))}")
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
-    config = copy.deepcopy(CONFIGS[name])
+    if name in MIDAS and (task != "depth" or readout is not None or taps is not None):
+        raise ValueError(f"{name} is a MiDaS: expected task='depth', and neither readout nor taps, which are a transformer's")
+    config = copy.deepcopy((CONFIGS | MIDAS)[name])
     config["task"] = task
     if task == "segmentation":
         del config["head_widths"]

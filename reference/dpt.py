@@ -20,6 +20,7 @@ from .configs import TASKS, Config
 from .embed import embed
 from .fusion import Statistics, deepest_fusion, fusion
 from .heads import depth_head, segmentation_head, upsample_logits
+from .midas import SIDE, midas
 from .parameters import Grads, Observe, Params, is_trainable, merge
 from .reassemble import reassemble, to_fusion_width
 from .resnet import resnet
@@ -35,16 +36,15 @@ class Segmentation(NamedTuple):
     auxiliary: np.ndarray | None
 
 
-def check_image(image: np.ndarray, config: Config) -> None:
-    """Raise ValueError or TypeError unless `image` is a finite float (B, 3, H, W) whose sides are multiples of the patch size."""
+def check_image(image: np.ndarray, multiple: int) -> None:
+    """Raise ValueError or TypeError unless `image` is a finite float (B, 3, H, W) whose sides are multiples of `multiple`."""
     if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
         raise ValueError(f"an image of shape {image.shape} was given: expected (B, 3, H, W)")
     if image.dtype not in (np.float32, np.float64):
         raise TypeError(f"an image of dtype {image.dtype} was given: expected float32 or float64")
-    patch = config["patch_size"]
-    if image.shape[2] % patch or image.shape[3] % patch:
+    if image.shape[2] % multiple or image.shape[3] % multiple:
         raise ValueError(
-            f"an image of {image.shape[2]} x {image.shape[3]} pixels was given: both sides must be multiples of {patch}"
+            f"an image of {image.shape[2]} x {image.shape[3]} pixels was given: both sides must be multiples of {multiple}"
         )
     if not np.isfinite(image).all():
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(image))[0])
@@ -180,10 +180,14 @@ def apply(
     and None, or with `training` logits (B, K, H/2, W/2) and auxiliary (B, K, H/4, W/4).
     `vjp(doutput) -> (dimage, grads)`, doutput of the output's structure; grads has every trainable parameter's key.
     `training` makes batch norm use the batch's statistics and, where `statistics` is given, fills it with the updated running
-    ones; `dropout_masks` {"head", "auxiliary"} are boolean maps of what dropout keeps.
+    ones; `dropout_masks` {"head", "auxiliary"} are boolean maps of what dropout keeps. A configuration with an "encoder" is a
+    convolutional MiDaS's (`reference.midas`), and runs that.
     Raises ValueError or TypeError for an image, taps, readout or task that do not fit, KeyError for a missing parameter.
     """
-    check_image(image, config)
+    if "encoder" in config:
+        check_image(image, SIDE)
+        return midas(params, image, config, training, statistics, observe)
+    check_image(image, config["patch_size"])
     check_taps(config)
     if config["task"] not in TASKS:
         raise ValueError(f"unknown task {config['task']!r}: expected one of {', '.join(TASKS)}")

@@ -1,12 +1,14 @@
 """Which of two implementations the primitives of `reference.nn` run: the NumPy one (the specification) or its compiled twin.
 
 A primitive whose loop is slow in Python has a Cython twin beside it: `nn/conv2d.py` and `nn/conv2d_cython.pyx`. Both take the
-same arguments and return the same values up to rounding. The twin is the default where it is compiled.
+same arguments and return the same values up to rounding. The twin is the default where it is compiled; where it is not, the NumPy
+form runs, and a warning says so.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -14,7 +16,20 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 IMPLEMENTATIONS = ("numpy", "cython")
-_TWINS = ("conv2d_cython", "resize_cython")
+_TWINS = (
+    "batch_norm_cython",
+    "conv2d_cython",
+    "differences_cython",
+    "gelu_cython",
+    "group_norm_cython",
+    "layer_norm_cython",
+    "pooling_cython",
+    "relu_cython",
+    "resize_cython",
+    "selection_cython",
+    "softmax_cython",
+    "winograd_cython",
+)
 _BUILD = "python setup.py build_ext --inplace"
 
 _chosen: ContextVar[str | None] = ContextVar("reference_implementation", default=None)
@@ -33,12 +48,24 @@ def _compiled() -> bool:
     return True
 
 
+@functools.cache
+def _default() -> str:
+    if _compiled():
+        return "cython"
+    warnings.warn(  # once, as the answer is cached
+        f"the Cython twins are not compiled, so the slow NumPy forms run: compile them with `{_BUILD}` in the checkout",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return "numpy"
+
+
 def implementation() -> str:
-    """Return the name of the implementation in use: "numpy" or "cython"."""
-    chosen = _chosen.get()
-    if chosen is None:
-        return "cython" if _compiled() else "numpy"
-    return chosen
+    """Return the name of the implementation in use: "numpy" or "cython".
+
+    Where nothing was chosen and the twins are not compiled, it is "numpy", and the first call warns that it is the slow one.
+    """
+    return _chosen.get() or _default()
 
 
 def use(name: str) -> AbstractContextManager[None]:

@@ -2,7 +2,8 @@
 
 The paper takes the encoder from ImageNet weights and draws the decoder at random (section 4); a model trained from scratch draws
 all of it. Transformer: normal of deviation 0.02, cut at two deviations, biases zero (ViT). Convolutions and the decoder's
-linear maps: uniform within 1 / sqrt(fan_in), biases too. Norms: weight one, bias zero.
+linear maps: uniform within 1 / sqrt(fan_in), biases too. Norms: weight one, bias zero. The tensors of a convolutional MiDaS are
+listed at the end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from .configs import Config
 from .dpt import check_taps
+from .midas import check_midas
 from .parameters import Params
 
 Shape = tuple[int, ...]
@@ -24,6 +26,10 @@ DEPTH_BIAS = 0.5
 
 def parameter_shapes(config: Config) -> dict[str, Shape]:
     """Key and shape of every tensor of the model that `config` describes, batch statistics included, none of them unused."""
+    if "encoder" in config:
+        check_midas(config)
+        encoder = _bottlenecks if config["encoder"] == "resnet" else _inverted_residuals
+        return dict([*encoder(config), *_midas_decoder(config)])
     check_taps(config)
     return dict([*_backbone(config), *_reassemble(config), *_fusion(config), *_heads(config)])
 
@@ -41,9 +47,9 @@ def _draw(key: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:
         return np.ones(shape)
     if key == "head.conv3.bias":
         return np.full(shape, DEPTH_BIAS)
-    if "norm" in owner.rpartition(".")[2] or owner.endswith((".bn", ".bn1", ".bn2")):
+    if "norm" in owner.rpartition(".")[2] or owner.endswith((".bn", ".bn1", ".bn2", ".bn3", ".downsample.1")):
         return np.ones(shape) if name == "weight" else np.zeros(shape)
-    transformer = key.startswith("backbone.") and not key.startswith("backbone.patch_embed.")
+    transformer = key.startswith("backbone.") and not key.startswith("backbone.patch_embed.") and len(shape) < 4
     if transformer:
         return np.zeros(shape) if name == "bias" else 0.02 * _truncated_normal(shape, rng)
     # The draw of a bias is bounded by its layer's fan_in too; biases are short, so their width stands in for it.
@@ -144,12 +150,72 @@ def _fusion(config: Config) -> Iterator[tuple[str, Shape]]:
 def _heads(config: Config) -> Iterator[tuple[str, Shape]]:
     width = config["fusion_width"]
     if config["task"] == "depth":
-        first, second = config["head_widths"]
-        yield from _layer("head.conv1", first, width, 3, 3)
-        yield from _layer("head.conv2", second, first, 3, 3)
-        yield from _layer("head.conv3", 1, second, 1, 1)
+        yield from _depth_head(width, *config["head_widths"])
         return
     for head in ("head", "auxiliary"):
         yield f"{head}.conv.weight", (width, width, 3, 3)
         yield from _batch_norm(f"{head}.bn", width)
         yield from _layer(f"{head}.classifier", config["num_classes"], width, 1, 1)
+
+
+def _depth_head(width: int, first: int, second: int) -> Iterator[tuple[str, Shape]]:
+    yield from _layer("head.conv1", first, width, 3, 3)
+    yield from _layer("head.conv2", second, first, 3, 3)
+    yield from _layer("head.conv3", 1, second, 1, 1)
+
+
+def _conv_norm(conv: str, norm: str, *weight: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{conv}.weight", weight
+    yield from _batch_norm(norm, weight[0])
+
+
+def _bottlenecks(config: Config) -> Iterator[tuple[str, Shape]]:
+    """MiDaS's ResNet or ResNeXt."""
+    groups, channels = config["resnet_cardinality"], 64
+    yield from _conv_norm("backbone.conv1", "backbone.bn1", channels, 3, 7, 7)
+    for stage, (blocks, width) in enumerate(zip(config["resnet_layers"], config["resnet_widths"], strict=True)):
+        inner = width // 4 * config["resnet_base_width"] // 64 * groups
+        for i in range(blocks):
+            block = f"backbone.layer{stage + 1}.{i}"
+            yield from _conv_norm(f"{block}.conv1", f"{block}.bn1", inner, channels, 1, 1)
+            yield from _conv_norm(f"{block}.conv2", f"{block}.bn2", inner, inner // groups, 3, 3)
+            yield from _conv_norm(f"{block}.conv3", f"{block}.bn3", width, inner, 1, 1)
+            if i == 0 and (stage > 0 or channels != width):
+                yield from _conv_norm(f"{block}.downsample.0", f"{block}.downsample.1", width, channels, 1, 1)
+            channels = width
+
+
+def _inverted_residuals(config: Config) -> Iterator[tuple[str, Shape]]:
+    """MiDaS's EfficientNet, up to the last tapped stage: later ones would be dead weight."""
+    channels = config["efficientnet_stem_width"]
+    yield from _conv_norm("backbone.conv_stem", "backbone.bn1", channels, 3, 3, 3)
+    for stage in range(config["efficientnet_taps"][-1] + 1):
+        width, kernel = config["efficientnet_widths"][stage], config["efficientnet_kernels"][stage]
+        expansion = config["efficientnet_expansions"][stage]
+        for i in range(config["efficientnet_layers"][stage]):
+            block, inner = f"backbone.blocks.{stage}.{i}", expansion * channels
+            if expansion == 1:
+                yield from _conv_norm(f"{block}.conv_dw", f"{block}.bn1", inner, 1, kernel, kernel)
+                yield from _conv_norm(f"{block}.conv_pw", f"{block}.bn2", width, inner, 1, 1)
+            else:
+                yield from _conv_norm(f"{block}.conv_pw", f"{block}.bn1", inner, channels, 1, 1)
+                yield from _conv_norm(f"{block}.conv_dw", f"{block}.bn2", inner, 1, kernel, kernel)
+                yield from _conv_norm(f"{block}.conv_pwl", f"{block}.bn3", width, inner, 1, 1)
+            channels = width
+
+
+def _midas_decoder(config: Config) -> Iterator[tuple[str, Shape]]:
+    widths = config["fusion_widths"]
+    if config["encoder"] == "resnet":
+        tapped = config["resnet_widths"]
+    else:
+        tapped = [config["efficientnet_widths"][tap] for tap in config["efficientnet_taps"]]
+    for k, (width, channels) in enumerate(zip(widths, tapped, strict=True)):
+        yield f"reassemble.{k}.out.weight", (width, channels, 3, 3)
+    for k, width in enumerate(widths):
+        for unit in ("rcu1", "rcu2") if k < 3 else ("rcu2",):
+            for i in (1, 2):
+                yield from _layer(f"fusion.{k}.{unit}.conv{i}", width, width, 3, 3)
+        if config["fusion_block"] == "projected":
+            yield from _layer(f"fusion.{k}.project", widths[max(k - 1, 0)], width, 1, 1)
+    yield from _depth_head(widths[0], *config["head_widths"])

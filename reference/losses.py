@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 
 from . import nn
-from .alignment import align_least_squares, align_median, is_constant, least_squares, scale_and_shift
+from .alignment import align_least_squares, align_median, is_constant, least_squares, median_and_deviation, scale_and_shift
+from .nn.differences import absolute_differences, absolute_differences_adjoint
+from .nn.selection import smallest
 
 
 def _check(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> None:
@@ -50,18 +52,18 @@ def trimmed_absolute(residual: np.ndarray, mask: np.ndarray, kept: float = 0.8) 
     """
     if not 0 <= kept <= 1:
         raise ValueError(f"kept={kept}: expected a fraction of the valid pixels, between 0 and 1")
-    loss = np.zeros(len(residual), residual.dtype)
-    derivative = np.zeros_like(residual)
-    for b in range(len(residual)):
-        values = residual[b, mask[b]]
-        used = np.argsort(np.abs(values), kind="stable")[: math.floor(kept * len(values))]
-        if len(used):
-            share = residual.dtype.type(1 / (2 * len(values)))
-            loss[b] = np.abs(values[used]).sum() * share
-            derivative_b = np.zeros_like(values)
-            derivative_b[used] = np.sign(values[used]) * share
-            derivative[b, mask[b]] = derivative_b
-    return loss, lambda dloss: dloss[:, None, None] * derivative
+    count = mask.sum(axis=(1, 2))
+    magnitude = np.abs(residual)
+    used = [math.floor(kept * int(n)) for n in count]
+    flat = len(residual), -1
+    chosen = smallest(magnitude.reshape(flat), mask.reshape(flat), np.array(used, np.intp)).reshape(residual.shape)
+    share = (1 / np.maximum(2 * count, 1)).astype(residual.dtype)
+    zero = residual.dtype.type(0)
+
+    def vjp(dloss: np.ndarray) -> np.ndarray:
+        return np.sign(np.where(chosen, residual, zero)) * (dloss * share)[:, None, None]
+
+    return np.where(chosen, magnitude, zero).sum(axis=(1, 2)) * share, vjp
 
 
 def _differences(residual: np.ndarray, mask: np.ndarray, scale: int) -> tuple[np.ndarray, np.ndarray, Callable]:
@@ -71,22 +73,13 @@ def _differences(residual: np.ndarray, mask: np.ndarray, scale: int) -> tuple[np
     """
     step = (slice(None), slice(None, None, 2**scale), slice(None, None, 2**scale))
     r, valid = residual[step], mask[step]
-    zero = residual.dtype.type(0)
-    across = np.where(valid[:, :, 1:] & valid[:, :, :-1], r[:, :, 1:] - r[:, :, :-1], zero)
-    down = np.where(valid[:, 1:] & valid[:, :-1], r[:, 1:] - r[:, :-1], zero)
-    total = np.abs(across).sum(axis=(1, 2)) + np.abs(down).sum(axis=(1, 2))
 
     def vjp(dsum: np.ndarray) -> np.ndarray:
         dresidual = np.zeros_like(residual)
-        dr = dresidual[step]  # a view: what is added to it arrives in dresidual
-        dacross, ddown = dsum[:, None, None] * np.sign(across), dsum[:, None, None] * np.sign(down)
-        dr[:, :, 1:] += dacross
-        dr[:, :, :-1] -= dacross
-        dr[:, 1:] += ddown
-        dr[:, :-1] -= ddown
+        dresidual[step] = absolute_differences_adjoint(dsum, r, valid)
         return dresidual
 
-    return total, valid.sum(axis=(1, 2)), vjp
+    return absolute_differences(r, valid), valid.sum(axis=(1, 2)), vjp
 
 
 def gradient_matching(residual: np.ndarray, mask: np.ndarray, scales: int = 4) -> tuple[np.ndarray, Callable]:
@@ -230,6 +223,34 @@ def correlation_loss(prediction: np.ndarray, target: np.ndarray, mask: np.ndarra
         return dprediction
 
     return loss, vjp
+
+
+ANCHOR = 3.0
+"""Where `anchor_loss` wants the median, with a deviation of 1: the farthest pixels then lie above zero too."""
+
+
+def anchor_loss(prediction: np.ndarray, mask: np.ndarray) -> tuple[Any, Callable]:
+    """(log S)^2 + (T - 3)^2, T and S the batch's mean median and mean deviation: 0 where S = 1 and T = 3.
+
+    Not a loss of the paper, whose loss is blind to the scale and shift of a prediction, as `correlation_loss` is: from random
+    weights both drift, by many orders of magnitude, until what depends on the image is lost in rounding. This holds them in
+    place and asks nothing else. prediction (B, H, W), mask bool (B, H, W); T and S are averaged over the images with a valid
+    pixel, the loss is 0 where there is none. Errors as in `depth_loss`. Returns a scalar and vjp(dloss) -> dprediction.
+    """
+    _check(prediction, prediction, mask)
+    dtype = prediction.dtype
+    (median, deviation), statistics_vjp = median_and_deviation(prediction, mask)
+    known = mask.any(axis=(1, 2))
+    if not known.any():
+        return dtype.type(0), lambda dloss: np.zeros_like(prediction)
+    share = known.astype(dtype) / dtype.type(known.sum())
+    t, s = (median * share).sum(), (deviation * share).sum()
+    excess = t - dtype.type(ANCHOR)
+
+    def vjp(dloss: Any) -> np.ndarray:
+        return statistics_vjp(dtype.type(dloss) * 2 * excess * share, dtype.type(dloss) * 2 * np.log(s) / s * share)
+
+    return np.log(s) ** 2 + excess**2, vjp
 
 
 def _check_labels(labels: np.ndarray, batch: int, num_classes: int, ignore_index: int) -> None:

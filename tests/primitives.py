@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
+from reference.implementation import IMPLEMENTATIONS, use
 from tests.equality import assert_same
 
 Array = np.ndarray
@@ -19,6 +21,17 @@ U = 2.0**-24  # float32: one rounding errs by at most this fraction of the resul
 seeds = st.integers(0, 2**32 - 1)
 implementations = st.sampled_from(["numpy", "cython"])
 layouts = st.sampled_from(["plain", "transposed", "strided", "reversed", "read-only"])
+
+
+# Lengths around those in which twins work: 8 or 16 elements in a register, 32 partial sums.
+lengths = st.sampled_from([1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 96, 129])
+
+
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def each_implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a module's tests once in either implementation of the primitives."""
+    with use(request.param):
+        yield request.param
 
 
 def lay_out(array: Array, layout: str) -> Array:
@@ -55,6 +68,48 @@ def results(
     for array, copy in zip([*inputs, dy, *again], [*before, dy_before, *gradients], strict=True):
         np.testing.assert_array_equal(array, copy, err_msg="an operation changed its input, or its vjp does not repeat")
     return [y, *gradients], dy
+
+
+def assert_twin_agrees(
+    operation: Operation, inputs: Sequence[Array], rng: np.random.Generator, scales: Sequence[float | None] | None = None
+) -> None:
+    """Compare y and every gradient of the compiled twin with the NumPy form's. `scales`: as `assert_same`'s, for each of them."""
+    with use("numpy"):
+        expected, dy = results(operation, inputs, lay_out(rng.standard_normal(operation(*inputs)[0].shape), "reversed"), rng)
+    with use("cython"):
+        actual, _ = results(operation, inputs, dy, rng)
+    assert len(actual) == len(expected)
+    for i, (have, want) in enumerate(zip(actual, expected, strict=True)):
+        assert_same(have, want, scale=scales[i] if scales else None, what="y" if i == 0 else f"gradient {i - 1}")
+
+
+def assert_twin_agrees_at_extremes(
+    operation: Operation, inputs: Sequence[Array], dy: Array, rounded: int, scale: float = 0.0
+) -> None:
+    """Demand NaN and infinity where the NumPy form has them, and else its values up to `rounded` roundings.
+
+    They are roundings of the value, and of `scale`, the size of what cancels in it; a subnormal result may be one off for each.
+    """
+    outcomes = []
+    for name in IMPLEMENTATIONS:
+        with use(name), np.errstate(all="ignore"):
+            y, vjp = operation(*inputs)
+            gradients = vjp(dy)
+            outcomes.append([y, *(gradients if isinstance(gradients, tuple) else [gradients])])
+    limits = np.finfo(dy.dtype)
+    rtol = rounded * float(limits.eps)
+    for want, have in zip(*outcomes, strict=True):
+        assert have.dtype == want.dtype
+        np.testing.assert_allclose(have, want, rtol=rtol, atol=rtol * scale + rounded * float(limits.smallest_subnormal))
+
+
+def extremes(dtype: type) -> Array:
+    """Return what arithmetic treats in its own way: zeros, infinities, NaN, the largest, smallest and subnormal numbers."""
+    limits = np.finfo(dtype)
+    large, tiny, subnormal = float(limits.max), float(limits.tiny), float(limits.smallest_subnormal)
+    return np.array(
+        [0.0, -0.0, np.inf, -np.inf, np.nan, large, -large, tiny, -tiny, subnormal, -subnormal, 1, -1, 40, -40], dtype
+    )
 
 
 def assert_same_as_torch(

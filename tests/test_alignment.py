@@ -10,7 +10,9 @@ import accelerated.alignment as fast
 import reference.alignment as plain
 from tests.equality import assert_same, check_vjp
 from tests.maps import batches
+from tests.primitives import each_implementation  # noqa: F401
 
+both = pytest.mark.usefixtures("each_implementation")
 SMALLEST = 1e-6  # paper.md: s is clamped here
 
 
@@ -26,6 +28,7 @@ def aligned_by_median(d, mask, daligned):
     return aligned, gradient
 
 
+@both
 def test_the_median_is_the_lower_one_and_its_gradient_goes_to_the_first_pixel_that_has_it():
     """d = 1 2 | 2 3: t = 2 at the second pixel, s = (1 + 0 + 0 + 1) / 4; an invalid 2 stands before them all.
 
@@ -38,11 +41,13 @@ def test_the_median_is_the_lower_one_and_its_gradient_goes_to_the_first_pixel_th
     assert_same(gradient, np.array([[[0, 1.0, -2], [0, 1, 0]]]))
 
 
+@both
 def test_the_lower_median_of_an_even_number():
     aligned, _ = aligned_by_median(np.array([[[4.0, 1.0, 3.0, 2.0]]]), np.ones((1, 1, 4), bool), np.ones((1, 1, 4)))
     assert_same(aligned, np.array([[[2.0, -1.0, 1.0, 0.0]]]))
 
 
+@both
 @pytest.mark.parametrize(("spread", "clamped"), [(0, True), (1e-6, True), (4e-6, False)])
 def test_the_deviation_is_clamped_and_then_has_no_gradient(spread, clamped):
     """d = 1, 1 + spread: s = spread / 2, or 1e-6 where that is more; then the gradient is that of (d - t) / 1e-6."""
@@ -53,6 +58,7 @@ def test_the_deviation_is_clamped_and_then_has_no_gradient(spread, clamped):
     assert_same(gradient, np.array([[[-1.0, 1.0]]]) / SMALLEST if clamped else np.zeros((1, 1, 2)), scale=1e6)
 
 
+@both
 @settings(max_examples=40)
 @given(maps=batches(), seed=st.integers(0, 99))
 def test_median_alignment_in_both_forms(maps, seed):

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from reference import nn
 from reference.implementation import implementation, use
 
+ROOT = Path(__file__).parents[1]
 switch = importlib.import_module("reference.implementation")  # its name in the package is the function
 
 
@@ -45,17 +54,43 @@ def test_another_name_is_refused_at_once() -> None:
         use("fortran")
 
 
-def test_cython_without_the_extension_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is compiled, as in a checkout without a build."""
     monkeypatch.setattr(switch, "_TWINS", ("absent_cython",))
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
     switch._compiled.cache_clear()
-    try:
+    switch._default.cache_clear()
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_without_the_extension_the_numpy_form_runs_and_says_once_that_it_is_slow() -> None:
+    x = np.array([-1.0, 2.0])
+    with pytest.warns(RuntimeWarning, match=r"not compiled.*slow NumPy.*`python setup\.py build_ext --inplace`"):
+        y, vjp = nn.relu(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # not a second time
+        np.testing.assert_array_equal([y, vjp(x)], [[0, 2], [0, 2]])
         assert implementation() == "numpy"
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_whoever_chose_is_not_warned() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         with use("numpy"):
-            pass
-        with pytest.raises(RuntimeError, match=r"not compiled: run `python setup\.py build_ext --inplace`"):
-            use("cython")
-    finally:
-        switch._compiled.cache_clear()
+            nn.relu(np.ones(3))
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_cython_without_the_extension_says_how_to_build_it() -> None:
+    with pytest.raises(RuntimeError, match=r"not compiled: run `python setup\.py build_ext --inplace`"):
+        use("cython")
 
 
 def test_a_twin_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +98,59 @@ def test_a_twin_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         raise ImportError(f"{name}: wrong ELF class")
 
     monkeypatch.setattr(switch, "import_module", broken)
-    switch._compiled.cache_clear()
+    forget()
     try:
         with pytest.raises(ImportError, match="wrong ELF class"):
             implementation()
     finally:
-        switch._compiled.cache_clear()
+        forget()
+
+
+def test_every_twin_in_the_folder_is_demanded_and_all_that_is_asked_of_a_twin_is_there() -> None:
+    folder = Path(nn.__file__).parent
+    assert sorted(switch._TWINS) == sorted(path.stem for path in folder.glob("*_cython.pyx"))
+    for path in folder.glob("*.py"):
+        plain = importlib.import_module(f"reference.nn.{path.stem}")
+        functions = [value for value in vars(plain).values() if hasattr(value, "__wrapped__")]
+        for function in (function for function in functions if function.__module__ == plain.__name__):
+            compiled = importlib.import_module(f"{plain.__name__}_cython")
+            assert callable(getattr(compiled, function.__name__, None)), f"{plain.__name__} asks for {function.__name__}"
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    """Bit for bit, of arrays large enough to be shared among threads."""
+    code = """
+import hashlib, numpy as np
+from reference import losses, nn
+rng, digest = np.random.default_rng(0), hashlib.sha256()
+
+def run(operation, *inputs):
+    y, vjp = operation(*(array.astype(np.float32) for array in inputs))
+    parts = vjp(rng.standard_normal(y.shape).astype(np.float32))
+    for array in (y, *(parts if isinstance(parts, tuple) else [parts])):
+        digest.update(np.ascontiguousarray(array).tobytes())
+
+def batch_norm(x, w, b):
+    result, vjp = nn.batch_norm(x, w, b, b, w, training=True)
+    return result.y, lambda dy: vjp(nn.BatchNorm(dy, None, None))
+
+x, w = rng.standard_normal((2, 12, 61, 67)), rng.random(12)
+for operation in (nn.gelu, nn.softmax, nn.relu):
+    run(operation, x)
+run(lambda x: nn.max_pool2d(x, 3, 2, 1), x)
+run(lambda x: nn.resize_bilinear(x, (121, 150), True), x)
+run(lambda x, w, b: nn.group_norm(x, 3, w, b), x, w, w)
+run(batch_norm, x, w, w)
+run(lambda x, w, b: nn.layer_norm(x, w, b, 1e-6), x, rng.random(67), rng.random(67))
+run(lambda p: losses.depth_loss(p, x[1], x[1] > -1), x[0])
+print(digest.hexdigest())
+"""
+    digests = set()
+    for threads in ("1", "3"):
+        environment = os.environ | {"OMP_NUM_THREADS": threads}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        digests.add(result.stdout)
+    assert len(digests) == 1

@@ -12,7 +12,9 @@ import accelerated.losses as fast
 import reference.losses as plain
 from tests.equality import LOGIC, assert_same, check_vjp
 from tests.maps import Batch, batches, distance_to_kinks, distance_to_other_median
+from tests.primitives import each_implementation  # noqa: F401
 
+both = pytest.mark.usefixtures("each_implementation")
 ALIGNMENTS = ("median", "least_squares")
 LOSSES = {
     "median": lambda form, *maps: form.depth_loss(*maps),
@@ -54,6 +56,7 @@ def cancelling(loss, prediction, target, mask):
 # ---- the two forms -------------------------------------------------------------------------------------------------------------
 
 
+@both
 @settings(max_examples=150)
 @given(maps=batches(), loss=st.sampled_from(sorted(LOSSES)))
 def test_both_forms_agree(maps, loss):
@@ -122,6 +125,7 @@ def by_definition(prediction, target, mask, alignment, kept=0.8, scales=4, weigh
     return total / len(prediction)
 
 
+@both
 @settings(max_examples=60)
 @given(
     maps=batches(),
@@ -180,6 +184,7 @@ def test_scale_and_shift_of_the_prediction_change_nothing(maps, loss, scale, shi
         assert abs((g[m] * p[m]).sum()) <= LOGIC * max(np.abs(g[m] * p[m]).sum(), 9 * cancelling(loss, *maps))
 
 
+@both
 @settings(max_examples=30)
 @given(maps=batches(), loss=st.sampled_from(sorted(LOSSES)))
 def test_what_stands_at_invalid_pixels_does_not_matter(maps, loss):
@@ -203,6 +208,7 @@ def trimmed(residual, mask, dloss, kept=0.8):
     return value, vjp(dloss)
 
 
+@both
 def test_trimming_drops_the_largest_residuals_and_the_later_of_equal_ones():
     residual = np.array([[[1.0, -5.0, 2.0], [-1.0, 0.0, 9.0]], [[3.0, -3.0, 3.0], [3.0, -3.0, 0.0]]])
     mask = np.array([[[1, 1, 1], [1, 1, 0]], [[1, 1, 1], [1, 1, 0]]], bool)
@@ -211,6 +217,7 @@ def test_trimming_drops_the_largest_residuals_and_the_later_of_equal_ones():
     assert_same(gradient, np.array([[[1.0, 0, 1], [-1, 0, 0]], [[2, -2, 2], [2, 0, 0]]]))
 
 
+@both
 @given(count=st.integers(0, 400), kept=st.sampled_from([0.0, 0.1, 0.5, 0.8, 0.9, 1.0]))
 def test_trimming_keeps_the_floor(count, kept):
     """Of these fractions none is below its decimal in float64, so that the floor is never one too few."""
@@ -220,6 +227,7 @@ def test_trimming_keeps_the_floor(count, kept):
     assert (gradient.ravel()[: tenths * count // 10] > 0).all()
 
 
+@both
 def test_gradient_matching_of_a_ramp():
     """R = x on 9x9 pixels: at scale k, n = 9, 5, 3, 2 pixels a side, n (n - 1) differences of 2^k, and M_k = n^2."""
     ramp = np.broadcast_to(np.arange(9.0), (2, 9, 9)).copy()
@@ -232,6 +240,7 @@ def test_gradient_matching_of_a_ramp():
         assert_same(fast.gradient_matching(torch.tensor(r), torch.tensor(mask)).numpy(), value)
 
 
+@both
 def test_gradient_matching_counts_a_difference_only_between_valid_pixels():
     residual = np.array([[[0.0, 1.0, 7.0], [5.0, 5.0, 9.0]]])
     mask = np.array([[[1, 1, 0], [0, 1, 1]]], bool)
@@ -241,6 +250,7 @@ def test_gradient_matching_counts_a_difference_only_between_valid_pixels():
     assert_same(fast.gradient_matching(torch.tensor(residual), torch.tensor(mask), scales=1).numpy(), value)
 
 
+@both
 def test_depth_loss_by_hand():
     """d = 4 1 3 2: t = 2, s = 1, d^ = 2 -1 1 0. d* = 0 0 0 4: t = 0, s = 1. R = 2 -1 1 -4, U_m = 3. The second image is empty."""
     prediction = np.array([[[4.0, 1.0, 3.0, 2.0]], [[np.nan] * 4]])
@@ -253,6 +263,7 @@ def test_depth_loss_by_hand():
         assert not gradient[1].any()
 
 
+@both
 def test_only_kept_pixels_get_a_gradient_from_the_data_term():
     _, gradient = trimmed(np.arange(10.0).reshape(1, 2, 5) - 4.6, np.ones((1, 2, 5), bool), np.ones(1))
     assert_same(gradient, np.array([[[0, -1, -1, -1, -1], [1, 1, 1, 1, 0]]]) / 20)
@@ -283,6 +294,7 @@ def test_no_gradient_reaches_the_target():
 # ---- precisions and devices ----------------------------------------------------------------------------------------------------
 
 
+@both
 @settings(max_examples=60)
 @given(maps=batches(kinds=("normal",), masks=("none", "some", "all"), largest=13), alignment=st.sampled_from(ALIGNMENTS))
 def test_float32_within_rounding(maps, alignment):
@@ -361,6 +373,7 @@ def test_nothing_is_read_back_to_the_host(loss):
 # ---- bad input -----------------------------------------------------------------------------------------------------------------
 
 
+@both
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("which", [0, 1])

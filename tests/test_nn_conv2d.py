@@ -1,7 +1,12 @@
-"""Convolution and transposed convolution against torch, in both implementations, and the rounding of their float32 forms."""
+"""Convolution and transposed convolution against torch, in both implementations, and the rounding of their float32 forms.
+
+The twin has two ways: products of the matrix of windows, and Winograd's for a 3x3 kernel at stride 1, which it takes from
+`_WORTH` positions on. The tests set that number to send every case one way.
+"""
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from typing import Any, NamedTuple
 from unittest import mock
@@ -12,6 +17,7 @@ import reference.nn.conv2d_cython
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from reference import nn
 from reference.implementation import use
@@ -19,10 +25,12 @@ from tests.equality import assert_same, check_vjp
 from tests.primitives import (
     assert_multilinear_in_float32,
     assert_same_as_torch,
+    assert_within,
     implementations,
     layouts,
     normal_arrays,
     results,
+    roundings,
     seeds,
 )
 
@@ -46,6 +54,16 @@ def convolutions(draw: st.DrawFn) -> Case:
     size = [draw(st.integers(n, n + 7)) for n in least]
     shapes = ((batch, channels, *size), (out, channels, *kernel), (out,))
     return Case(shapes if draw(st.booleans()) else shapes[:2], draw(st.integers(1, 5)), padding)
+
+
+@st.composite
+def small_kernels(draw: st.DrawFn, most: int = 3) -> Case:
+    """A 3x3 kernel at stride 1 with any padding, and up to `most` channels and outputs."""
+    batch, channels, out = draw(st.integers(1, 3)), draw(st.integers(1, most)), draw(st.integers(1, most))
+    padding = tuple((draw(st.integers(0, 4)), draw(st.integers(0, 4))) for _ in range(2))
+    size = [draw(st.integers(max(1, 3 - sum(pair)), 12)) for pair in padding]
+    shapes = ((batch, channels, *size), (out, channels, 3, 3), (out,))
+    return Case(shapes if draw(st.booleans()) else shapes[:2], 1, padding)
 
 
 @st.composite
@@ -111,6 +129,10 @@ def without_none(operation: Any) -> Any:
     return run
 
 
+def winograd(worth: float) -> Any:
+    return mock.patch.object(reference.nn.conv2d_cython, "_WORTH", worth)
+
+
 @given(convolutions(), seeds, implementations)
 def test_conv2d_rounds_as_sums_of_products_do(case: Case, seed: int, name: str) -> None:
     rng = np.random.default_rng(seed)
@@ -119,7 +141,7 @@ def test_conv2d_rounds_as_sums_of_products_do(case: Case, seed: int, name: str) 
     inputs, taps = normal_arrays(rng, *case.shapes), int(np.prod(kernel))
     positions = convolve(case)(*inputs)[0].size // out
     terms = [channels * taps + 1, out * taps, positions, positions][: 1 + len(inputs)]
-    with use(name):
+    with use(name), winograd(math.inf):
         assert_multilinear_in_float32(convolve(case), inputs, terms, rng)
 
 
@@ -147,6 +169,122 @@ def test_the_twin_is_the_numpy_form_whatever_its_blocks(dtype: Any, case: Case, 
         actual, _ = results(convolve(case), inputs, dy, rng)
     for have, want in zip(actual, expected, strict=True):
         assert_same(have, want, rtol=1000 * np.finfo(dtype).eps, scale=float(np.abs(want).max()) + 1)
+
+
+@given(case=small_kernels(), seed=seeds, layout=layouts)
+def test_winograds_way_is_torchs(case: Case, seed: int, layout: str) -> None:
+    rng = np.random.default_rng(seed)
+    with use("cython"), winograd(0):
+        assert_same_as_torch(convolve(case), torch_convolve(case), normal_arrays(rng, *case.shapes, layout=layout), rng)
+
+
+# One more and one less than the multiples of a panel (8 outputs), a group of panels (64), a run (48 tiles or positions), a task
+# (192 positions), and more than the rows that are filled at once (about 512).
+@pytest.mark.parametrize("worth", [0, math.inf], ids=["winograd", "windows"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("x", "outputs", "kernel", "stride", "padding"),
+    [
+        ((1, 70, 13, 15), 65, (3, 3), 1, ((1, 1), (1, 1))),
+        ((2, 7, 29, 97), 9, (3, 3), 1, ((0, 2), (3, 1))),  # a row of 49 tiles
+        ((3, 5, 98, 101), 63, (3, 3), 1, ((1, 1), (1, 1))),
+        ((1, 1, 1, 193), 1, (3, 3), 1, ((1, 1), (1, 1))),
+        ((1, 60, 5, 4), 130, (3, 3), 2, ((0, 1), (1, 2))),
+        ((2, 3, 121, 95), 17, (7, 7), 2, ((2, 3), (3, 2))),
+        ((1, 513, 7, 7), 8, (1, 1), 1, ((0, 0), (0, 0))),
+        ((1, 3, 70, 90), 2, (1, 1), 1, ((1, 0), (0, 2))),
+        ((1, 600, 3, 3), 33, (2, 1), 1, ((0, 0), (0, 0))),
+    ],
+)
+def test_sizes_beyond_one_block(dtype: Any, worth: float, x: Any, outputs: int, kernel: Any, stride: int, padding: Any) -> None:
+    rng = np.random.default_rng(0)
+    inputs = [array.astype(dtype) for array in normal_arrays(rng, x, (outputs, x[1], *kernel), (outputs,))]
+    case = Case((), stride, padding)
+    with use("numpy"):
+        expected, dy = results(convolve(case), inputs, None, rng)
+    with use("cython"), winograd(worth):
+        actual, _ = results(convolve(case), inputs, dy, rng)
+    for have, want in zip(actual, expected, strict=True):
+        assert_same(have, want, rtol=1000 * np.finfo(dtype).eps)
+
+
+@given(case=small_kernels(most=70), seed=seeds)
+def test_winograds_way_rounds_as_its_matrices_say(case: Case, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    inputs32 = [array.astype(np.float32) for array in normal_arrays(rng, *case.shapes)]
+    inputs64 = [array.astype(np.float64) for array in inputs32]
+    with use("numpy"):
+        expected, vjp = convolve(case)(*inputs64)
+    dy = rng.standard_normal(expected.shape).astype(np.float32)
+    dx = vjp(dy.astype(np.float64))[0]
+    with use("cython"), winograd(0):
+        y, vjp32 = convolve(case)(*inputs32)
+        dx32 = vjp32(dy)[0]
+    (top, _), (left, _) = case.padding
+    weight, bias = inputs64[1], 0 if len(inputs64) < 3 else np.abs(inputs64[2])[:, None, None]
+    turned = weight[:, :, ::-1, ::-1].swapaxes(0, 1)
+    # One rounding for each of the two sums in B^T d B, two for each in G g G^T and in A^T m A, and one for the bias.
+    size = winograd_on_absolute_values(inputs64[0], weight, top, left, y.shape[2:]) + bias
+    assert_within(y, expected, roundings(weight.shape[1] + 11) * size, "y")
+    size = winograd_on_absolute_values(dy, turned, 2 - top, 2 - left, dx.shape[2:])
+    assert_within(dx32, dx, roundings(len(weight) + 11) * size, "dx")
+
+
+def winograd_on_absolute_values(x: Any, weight: Any, top: int, left: int, out: Any) -> Any:
+    """|A^T| [sum over channels of (|G| |g| |G^T|) * (|B^T| |d| |B|)] |A|: what each rounding in it is a fraction of."""
+    b = np.array([[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]])
+    g = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0, 0, 1]])
+    a = np.array([[1, 1, 1, 0], [0, 1, 1, 1]])
+    tiles = [(n + 1) // 2 for n in out]
+    # Pixel (r, c) of x is at (r + 4, c + 4) of `padded`, and tile (i, j) begins at pixel (2 i - top, 2 j - left).
+    padded = np.zeros((*x.shape[:2], x.shape[2] + 2 * tiles[0] + 16, x.shape[3] + 2 * tiles[1] + 16))
+    padded[:, :, 4 : 4 + x.shape[2], 4 : 4 + x.shape[3]] = np.abs(x)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (4, 4), (2, 3))[:, :, 4 - top :: 2, 4 - left :: 2]
+    v = b @ windows[:, :, : tiles[0], : tiles[1]] @ b.T
+    u = g @ np.abs(weight) @ g.T
+    y = a @ np.einsum("ocij,bctuij->botuij", u, v) @ a.T
+    return y.swapaxes(3, 4).reshape(*y.shape[:2], 2 * tiles[0], 2 * tiles[1])[:, :, : out[0], : out[1]]
+
+
+def test_winograds_way_is_taken_where_it_pays() -> None:
+    def runs_winograd(side: int, kernel: int, stride: int) -> bool:
+        x, weight = np.ones((1, 2, side, side), np.float32), np.ones((3, 2, kernel, kernel), np.float32)
+        with mock.patch.object(reference.nn.winograd_cython, "correlate", side_effect=ZeroDivisionError):
+            try:
+                nn.conv2d(x, weight, None, stride, 1)
+            except ZeroDivisionError:
+                return True
+        return False
+
+    with use("cython"):
+        assert runs_winograd(40, 3, 1)
+        assert not runs_winograd(24, 3, 1)  # too small
+        assert not runs_winograd(90, 3, 2)
+        assert not runs_winograd(40, 2, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("kernel", "stride", "side"), [(3, 1, 40), (3, 2, 61), (1, 1, 40), (3, 1, 12)])
+def test_the_result_does_not_depend_on_the_number_of_threads(kernel: int, stride: int, side: int, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = (array.astype(dtype) for array in normal_arrays(rng, (2, 37, side, side), (75, 37, kernel, kernel)))
+    y = []
+    for threads in (1, 2, 5):
+        with use("cython"), threadpool_limits(threads, user_api="openmp"):
+            y.append(nn.conv2d(x, weight, None, stride, 1)[0])
+    np.testing.assert_array_equal(y[0], y[1])
+    np.testing.assert_array_equal(y[0], y[2])
+
+
+def test_a_nan_reaches_only_the_tiles_that_see_it() -> None:
+    x, weight = np.ones((1, 1, 12, 12)), np.ones((1, 1, 3, 3))
+    x[0, 0, 6, 6] = np.nan
+    with use("cython"), winograd(0):
+        y, _ = nn.conv2d(x, weight, None, 1, 1)
+    touched = np.zeros((12, 12), bool)
+    touched[4:8, 4:8] = True  # four tiles of 2 x 2, of which the nine outputs around (6, 6) are a part
+    assert not np.isnan(y[0, 0][~touched]).any()
+    assert np.isnan(y[0, 0, 5:8, 5:8]).all()
 
 
 def test_the_twin_is_what_runs() -> None:

@@ -13,7 +13,22 @@ from hypothesis import strategies as st
 from reference import nn
 from reference.nn.gelu import MILLS, standard_normal
 from tests.equality import check_vjp
-from tests.primitives import U, assert_same_as_torch, assert_within, layouts, normal_arrays, results, seeds
+from tests.primitives import (
+    U,
+    assert_same_as_torch,
+    assert_twin_agrees,
+    assert_twin_agrees_at_extremes,
+    assert_within,
+    each_implementation,  # noqa: F401
+    extremes,
+    layouts,
+    lengths,
+    normal_arrays,
+    results,
+    seeds,
+)
+
+both = pytest.mark.usefixtures("each_implementation")
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
@@ -65,6 +80,7 @@ def test_it_gives_scipys_erf() -> None:
     assert np.abs(erf32 - scipy.special.erf(z)).max() <= 8 * U
 
 
+@both
 @given(shapes, st.floats(0.1, 12), seeds, layouts)
 def test_it_is_torchs(shape: tuple[int, ...], size: float, seed: int, layout: str) -> None:
     rng = np.random.default_rng(seed)
@@ -74,6 +90,7 @@ def test_it_is_torchs(shape: tuple[int, ...], size: float, seed: int, layout: st
     assert_same_as_torch(nn.gelu, F.gelu, inputs, rng, scales=[scale, 1 + scale])
 
 
+@both
 def test_many_blocks_are_one_array() -> None:
     x = np.random.default_rng(1).standard_normal((3, 20000))
     y, vjp = nn.gelu(x)
@@ -83,12 +100,14 @@ def test_many_blocks_are_one_array() -> None:
     assert np.abs(vjp(np.ones_like(x)) - slope).max() < 1e-14
 
 
+@both
 @given(shapes, seeds)
 def test_gradients_are_the_derivatives(shape: tuple[int, ...], seed: int) -> None:
     rng = np.random.default_rng(seed)
     check_vjp(nn.gelu, normal_arrays(rng, shape), rng)
 
 
+@both
 @given(shapes, st.floats(0.1, 6), seeds)
 def test_float32_rounds_as_the_exponent_does(shape: tuple[int, ...], size: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -103,6 +122,7 @@ def test_float32_rounds_as_the_exponent_does(shape: tuple[int, ...], size: float
     assert_within(actual[1], dy * (distribution + x * density), np.abs(dy) * (relative * size + lost), "dx")
 
 
+@both
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_extremes(dtype: type) -> None:
     big = float(np.finfo(dtype).max)
@@ -112,3 +132,17 @@ def test_extremes(dtype: type) -> None:
         slope = vjp(np.ones_like(x))
     np.testing.assert_array_equal(y, np.array([big, 0, 50, 0, 0, np.nan], dtype))
     np.testing.assert_array_equal(slope, np.array([1, 0, 1, 0, 0.5, np.nan], dtype))
+
+
+@given(lengths, st.floats(0.1, 40), seeds, layouts)
+def test_the_twin_is_the_numpy_form(length: int, size: float, seed: int, layout: str) -> None:
+    rng = np.random.default_rng(seed)
+    assert_twin_agrees(nn.gelu, [size * array for array in normal_arrays(rng, (3, length), layout=layout)], rng)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_twin_is_the_numpy_form_at_extremes(dtype: type) -> None:
+    """Of the tail, where x^2 / 2 is near 40, the exponent's rounding makes 40 in the value; the products of it add a few."""
+    x = np.tile(np.concatenate([extremes(dtype), np.linspace(-9, 9, 20).astype(dtype)]), 3)
+    for dy in (np.ones_like(x), x[::-1].copy()):
+        assert_twin_agrees_at_extremes(nn.gelu, [x], dy, 100)

@@ -9,12 +9,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from reference import nn
+from reference.implementation import use
 from tests.equality import assert_same, check_vjp
-from tests.primitives import U, assert_same_as_torch, assert_within, layouts, normal_arrays, results, roundings, seeds
+from tests.primitives import (
+    U,
+    assert_same_as_torch,
+    assert_twin_agrees,
+    assert_within,
+    each_implementation,  # noqa: F401
+    extremes,
+    layouts,
+    lengths,
+    normal_arrays,
+    results,
+    roundings,
+    seeds,
+)
+
+pytestmark = pytest.mark.usefixtures("each_implementation")
 
 Array = np.ndarray
 
@@ -148,6 +164,7 @@ def test_group_norm_is_torchs(
 def test_group_norm_gradients_are_the_derivatives(batch: int, groups: int, each: int, size: tuple[int, int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     channels = groups * each
+    assume(each * size[0] * size[1] > 1)  # the derivative of a single value is 0, and what is computed is the rounding of it
     x, weight, bias = normal_arrays(rng, (batch, channels, *size), (channels,), (channels,))
     x += 4 * np.arange(x.size).reshape(x.shape) % 9
     check_vjp(lambda x, w, b: nn.group_norm(x, groups, w, b, 1e-2), [x, weight, bias], rng)
@@ -322,3 +339,72 @@ def test_a_constant_filter_is_standardised_to_zero(form: Any, dtype: Any) -> Non
     assert dw.dtype == dtype
     centred = np.array([-1, 0, 1, -1, 0, 1], dtype).reshape(w.shape)
     np.testing.assert_allclose(dw, centred / FORMS[form][1](0, FORMS[form][0]), rtol=1e-6)
+
+
+# The compiled twins
+
+
+@given(st.integers(1, 20), lengths, offsets, spreads, seeds, layouts)
+def test_the_twin_of_layer_norm(rows: int, width: int, offset: float, spread: float, seed: int, layout: str) -> None:
+    rng = np.random.default_rng(seed)
+    inputs = affine_inputs(rng, (rows, width), width, offset, spread, layout)
+    scales = gradient_scales(inputs[0], inputs[1], (-1,), 1e-6)
+    assert_twin_agrees(lambda x, w, b: nn.layer_norm(x, w, b, 1e-6), inputs, rng, scales)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), lengths, offsets, spreads, seeds, layouts)
+def test_the_twin_of_group_norm(
+    batch: int, groups: int, each: int, width: int, offset: float, spread: float, seed: int, layout: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    inputs = affine_inputs(rng, (batch, groups * each, 2, width), groups * each, offset, spread, layout)
+    scales = gradient_scales(inputs[0].reshape(batch, groups, -1), inputs[1], (-1,), 1e-5)
+    assert_twin_agrees(lambda x, w, b: nn.group_norm(x, groups, w, b), inputs, rng, scales)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), lengths, offsets, spreads, st.booleans(), seeds, layouts)
+def test_the_twin_of_batch_norm(
+    batch: int, channels: int, width: int, offset: float, spread: float, training: bool, seed: int, layout: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    inputs = affine_inputs(rng, (batch, channels, 2, width), channels, offset, spread, layout)
+    scales = gradient_scales(inputs[0], inputs[1], (0, 2, 3), 1e-5)
+    mean, var = rng.standard_normal(channels), rng.random(channels)
+    assert_twin_agrees(batch_norm_y(mean, var, training=training), inputs, rng, scales if training else None)
+
+
+@given(forms, st.integers(1, 4), lengths, spreads, seeds, layouts)
+def test_the_twin_of_weight_standardisation(form: Any, out: int, width: int, spread: float, seed: int, layout: str) -> None:
+    rng = np.random.default_rng(seed)
+    (w,) = normal_arrays(rng, (out, width, 2), layout=layout)
+    deviation = spread * w.reshape(out, -1).std(axis=1).min()
+    assert_twin_agrees(form, [spread * w], rng, [None, 1 / float(deviation)])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_twins_at_extremes(dtype: Any) -> None:
+    """A value that is NaN, infinite or squares to infinity spoils its own row, group or channel, and no other."""
+    rng, special = np.random.default_rng(0), extremes(dtype)
+    x = rng.standard_normal((1, len(special), 4, 10)).astype(dtype)
+    x[0, :, 1, 3] = special
+    weight, bias, dy = np.ones(len(special), dtype), np.zeros(len(special), dtype), np.ones_like(x)
+    groups = len(special)
+    # 40 values are summed; gradients of the constant dy are 0, but for rounding: they are compared where they are not finite.
+    for operation in (
+        lambda x, w, b: nn.group_norm(x, groups, w, b),
+        batch_norm_y(bias, weight, training=True),
+        batch_norm_y(bias, weight),
+        lambda x, w, b: nn.layer_norm(x.reshape(groups, 40), np.ones(40, dtype), np.zeros(40, dtype), 1e-6),
+    ):
+
+        def finite(x: Array, w: Array, b: Array, operation: Any = operation) -> Any:
+            y, vjp = operation(x, w, b)
+            return np.round(y, 4), lambda dy: tuple(np.isfinite(part) for part in vjp(dy.reshape(y.shape)))
+
+        outcomes = []
+        for name in ("numpy", "cython"):
+            with use(name), np.errstate(all="ignore"):
+                y, vjp = finite(x, weight, bias)
+                outcomes.append([y, *vjp(dy)])
+        for want, have in zip(*outcomes, strict=True):
+            np.testing.assert_allclose(have, want, rtol=1e-4, atol=2e-4)

@@ -13,7 +13,22 @@ from hypothesis import strategies as st
 
 from reference import nn
 from tests.equality import check_vjp
-from tests.primitives import assert_same_as_torch, assert_within, layouts, results, roundings, seeds
+from tests.primitives import (
+    assert_same_as_torch,
+    assert_twin_agrees,
+    assert_twin_agrees_at_extremes,
+    assert_within,
+    each_implementation,  # noqa: F401
+    extremes,
+    lay_out,
+    layouts,
+    lengths,
+    results,
+    roundings,
+    seeds,
+)
+
+both = pytest.mark.usefixtures("each_implementation")
 
 
 class Case(NamedTuple):
@@ -36,6 +51,7 @@ def pool(case: Case) -> Any:
     return lambda x: nn.max_pool2d(x, case.kernel, case.stride, case.padding)
 
 
+@both
 @settings(max_examples=100)
 @given(pools(), seeds, layouts, st.booleans())
 def test_it_is_torchs_ties_included(case: Case, seed: int, layout: str, ties: bool) -> None:
@@ -50,6 +66,7 @@ def test_it_is_torchs_ties_included(case: Case, seed: int, layout: str, ties: bo
     assert_same_as_torch(pool(case), witness, [np.round(x) if ties else x], rng, scales=[1, 1])
 
 
+@both
 @given(pools(), seeds)
 def test_gradients_are_the_derivatives(case: Case, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -57,6 +74,7 @@ def test_gradients_are_the_derivatives(case: Case, seed: int) -> None:
     check_vjp(pool(case), [x], rng)
 
 
+@both
 @given(pools(), seeds)
 def test_float32_selects_exactly_and_adds_gradients(case: Case, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -69,6 +87,7 @@ def test_float32_selects_exactly_and_adds_gradients(case: Case, seed: int) -> No
     assert_within(dx, dx64, roundings(case.kernel**2) * size, "dx")
 
 
+@both
 def test_a_number_pads_all_sides_and_padding_never_wins() -> None:
     x = -np.arange(1.0, 7.0).reshape(1, 1, 2, 3)
     y, _ = nn.max_pool2d(x, 3, 2, 1)
@@ -76,6 +95,7 @@ def test_a_number_pads_all_sides_and_padding_never_wins() -> None:
     np.testing.assert_array_equal(y, [[[[-1, -2]]]])
 
 
+@both
 def test_nan_is_seen() -> None:
     x = np.array([[[[1.0, np.nan], [2.0, 3.0]]]])
     assert np.isnan(nn.max_pool2d(x, 2, 1)[0]).all()
@@ -101,3 +121,23 @@ def test_same_padding_is_the_least_that_yields_a_window_per_stride(height: int, 
 )
 def test_same_padding_of_the_stem(size: tuple[int, int], kernel: int, stride: int, expected: Any) -> None:
     assert nn.same_padding(size, kernel, stride) == expected
+
+
+@given(lengths.filter(lambda n: n > 2), st.integers(1, 3), st.sampled_from([1, 2, 3]), seeds, layouts, st.booleans())
+def test_the_twin_is_the_numpy_form(width: int, kernel: int, stride: int, seed: int, layout: str, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    x = lay_out(rng.standard_normal((2, 2, 5, width)), layout)
+    assert_twin_agrees(pool(Case(x.shape, kernel, stride, kernel // 2)), [np.round(x) if ties else x], rng, [1, 1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_twin_is_the_numpy_form_at_extremes(dtype: Any) -> None:
+    """Among them windows of -inf alone, which the padding may win, and of several NaN, of which the first wins."""
+    rng = np.random.default_rng(0)
+    x = rng.choice(extremes(dtype), (2, 3, 9, 33))
+    x[0, 0, :5] = -np.inf
+    x[0, 1, 2:5, 7:20] = np.nan
+    for stride in (1, 2, 3):
+        case = Case(x.shape, 3, stride, 1)
+        dy = rng.standard_normal(pool(case)(x)[0].shape).astype(dtype)
+        assert_twin_agrees_at_extremes(pool(case), [x], dy, 9, scale=4)

@@ -18,9 +18,13 @@ from tests.equality import assert_same, check_vjp
 from tests.primitives import (
     U,
     assert_same_as_torch,
+    assert_twin_agrees,
+    assert_twin_agrees_at_extremes,
     assert_within,
+    extremes,
     implementations,
     layouts,
+    lengths,
     normal_arrays,
     results,
     roundings,
@@ -63,6 +67,36 @@ def test_the_twin_is_the_numpy_form(shape: tuple[int, ...], size: Size, align_co
         actual, _ = results(resize(size, align_corners), inputs, dy, rng)
     for have, want in zip(actual, expected, strict=True):
         assert_same(have, want, rtol=1e-14, scale=1 + float(np.abs(want).max()))
+
+
+@given(lengths, lengths, st.integers(1, 7), st.integers(1, 7), st.booleans(), seeds, layouts)
+def test_the_twin_at_the_lengths_of_its_loops(
+    width: int, wide: int, height: int, tall: int, align_corners: bool, seed: int, layout: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    inputs = normal_arrays(rng, (1, 2, height, width), layout=layout)
+    assert_twin_agrees(resize((tall, wide), align_corners), inputs, rng, [1, 1 + wide * tall])
+
+
+def test_more_planes_than_parts() -> None:
+    rng = np.random.default_rng(0)
+    assert_twin_agrees(resize((5, 4), True), normal_arrays(rng, (3, 50, 3, 3)), rng)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_twin_at_extremes(dtype: Any) -> None:
+    """A NaN or an infinity reaches the pixels that read it and no others; places on a pixel give the neighbour weight 0.
+
+    The largest numbers are left out: whether the sum of two overflows is for the order of operations to say.
+    """
+    rng, special = np.random.default_rng(0), extremes(dtype)
+    x = rng.standard_normal((len(special), 1, 6, 20)).astype(dtype)
+    x[:, 0, 2, 9] = special
+    x = x[~(np.isfinite(special) & (np.abs(special) > 100))]
+    for size in ((11, 39), (3, 7)):
+        dy = rng.standard_normal((len(x), 1, *size)).astype(dtype)
+        dy[:, 0, 1, 4] = x[:, 0, 2, 9]
+        assert_twin_agrees_at_extremes(resize(size, True), [x], dy, 8, scale=4)
 
 
 def matrices(n: int, out: int, align_corners: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -53,12 +53,14 @@ def test_the_command_line_replaces_the_file_which_replaces_the_defaults(tmp_path
     steps=st.integers(1, 10**6),
     rate=st.floats(1e-9, 1e3),
     flip=st.booleans(),
-    crop=st.integers(1, 4096),
+    crops=st.lists(st.integers(1, 4096), min_size=3, max_size=3),
 )
-def test_values_survive_the_command_line(steps: int, rate: float, flip: bool, crop: int) -> None:
-    arguments = f"--steps {steps} --backbone_learning_rate {rate!r} --flip {str(flip).lower()} --crop={crop}"
+def test_values_survive_the_command_line(steps: int, rate: float, flip: bool, crops: list[int]) -> None:
+    arguments = (
+        f"--steps {steps} --backbone_learning_rate {rate!r} --flip {str(flip).lower()} --crops={','.join(map(str, crops))}"
+    )
     command = parse_command_line(arguments.split())
-    assert (command.steps, command.backbone_learning_rate, command.flip, command.crop) == (steps, rate, flip, crop)
+    assert (command.steps, command.backbone_learning_rate, command.flip, command.crops) == (steps, rate, flip, crops)
 
 
 def test_a_dumped_recipe_is_a_recipe(tmp_path: Path) -> None:

@@ -25,7 +25,10 @@ from accelerated.tasks import Depth, Segment
 from accelerated.train import main
 from tests.equality import assert_same
 
-SMALL = "--size 32 --crop 32 --training_scenes 8 --validation_scenes 2 --held_out_scenes 3 --batch_size 4 --threads 1"
+SMALL = (
+    "--size 32 --crops 32,48 --crop_shares 1,1 "
+    "--training_scenes 8 --validation_scenes 2 --held_out_scenes 3 --batch_size 4 --threads 1"
+)
 FILES = {"recipe.yaml", "weights.safetensors", "metrics.csv", "learning_curve.png", "panels.png", "results.json"}
 
 
@@ -180,7 +183,9 @@ def test_an_interrupted_run_begins_anew(
     ("arguments", "status", "expected"),
     [
         ("--model dpt_huge", 2, "'dpt_huge'"),
-        ("--crop 24", 2, "crop = 24"),
+        ("--crops 32,40 --crop_shares 1,1", 2, "crops = 40"),  # a list that is given twice is one list
+        ("--crops 16 --crop_shares 1", 2, "crops = 16"),
+        ("--crops 32", 2, "crop_shares has 2 numbers for 3 crops"),
         ("--size 40", 2, "size = 40"),
         ("--runs /dev/null/runs", 1, "/dev/null/runs"),
     ],
@@ -254,6 +259,29 @@ def test_every_pass_shows_every_scene_once(count: int, batch: int, steps: int, s
         assert sorted(whole.tolist()) == list(range(count))
 
 
+@given(steps=st.integers(1, 60), shares=st.lists(st.floats(0.05, 3), min_size=1, max_size=4))
+def test_every_crop_gets_its_share_of_the_steps_in_order(steps: int, shares: list[float]) -> None:
+    crops = [16 * (len(shares) - stage) for stage in range(len(shares))]  # the order is the recipe's, not that of size
+    recipe = Recipe(steps=steps, crops=crops, crop_shares=shares)
+    taken = [engine.crop_at(step, recipe) for step in range(steps)]
+    assert taken == sorted(taken, reverse=True)
+    for crop, share in zip(crops, shares, strict=True):
+        assert abs(taken.count(crop) - steps * share / sum(shares)) <= 1
+
+
+@given(height=st.integers(1, 12), width=st.integers(1, 12), side=st.integers(1, 16))
+def test_validation_scenes_are_scaled_like_whole_windows(height: int, width: int, side: int) -> None:
+    numbers = torch.arange(3 * height * width).view(3, height, width)
+    got = engine.scaled(engine.Scenes(numbers[..., None].expand(-1, -1, -1, 3), numbers), side)
+    assert got.target.shape == (3, side, side) and (got.image == got.target[..., None]).all()
+    image, row, column = np.unravel_index(got.target.numpy(), (3, height, width))
+    assert (image == np.arange(3)[:, None, None]).all()
+    if height == width:  # the i-th pixel is the one in which the middle of the i-th of `side` equal parts lies
+        expected = ((np.arange(side) + 0.5) / side * height).astype(int)
+        assert (row == expected[:, None]).all() and (column == expected).all()
+    assert np.ptp(row[0, :, 0]) <= min(height, width) and np.ptp(column[0, 0]) <= min(height, width)
+
+
 @given(steps=st.integers(1, 500), marks=st.integers(1, 500))
 def test_marks_are_evenly_spread_and_end_with_the_last_step(steps: int, marks: int) -> None:
     hit = [step for step in range(1, steps + 1) if engine.is_mark(step, steps, marks)]
@@ -261,11 +289,39 @@ def test_marks_are_evenly_spread_and_end_with_the_last_step(steps: int, marks: i
     assert max(np.diff([0, *hit])) - min(np.diff([0, *hit])) <= 1
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_divided_batch_has_the_gradient_of_the_whole(threads: int, tmp_path: Path) -> None:
+    """Five scenes cannot be divided evenly. The anchor, which looks at a batch as a whole, is left out."""
+    recipe = Recipe(size=32, crops=[32], crop_shares=[1], anchor=0, correlation=0.25, batch_size=5)
+    image = torch.randn(5, 3, 32, 32)
+    depth = 1 + torch.rand(5, 32, 32)
+    gradients, losses = [], []
+    for workers in (1, threads):
+        device = engine.Device(torch.device("cpu"), torch.float32, "", workers)
+        whole = engine.Run(recipe, Depth(recipe), device, RunFolder(tmp_path))
+        torch.manual_seed(0)
+        model = engine.build_model(whole).double()
+        with engine.Workers(whole, model) as divided:
+            assert divided.count == workers
+            losses.append(divided.backward(image.double(), depth.double(), 0.4))  # where both losses count
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).numpy())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert_same(gradients[1], gradients[0], 1e-9)
+
+
+def test_dropout_and_batch_norm_keep_a_batch_in_one_piece(tmp_path: Path) -> None:
+    recipe = Recipe(task="segmentation")
+    device = engine.Device(torch.device("cpu"), torch.float32, "", 4)
+    whole = engine.Run(recipe, Segment(recipe), device, RunFolder(tmp_path))
+    with engine.Workers(whole, engine.build_model(whole)) as workers:
+        assert workers.count == 1
+
+
 @pytest.mark.parametrize("correlation", [0.0, 0.25])
 def test_the_correlation_blends_into_the_papers_loss_which_is_trimmed_late(
     correlation: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With losses of 1 and 100, what comes out says how much of each went in."""
+    """With losses of 1, 100 and 1000, what comes out says how much of each went in."""
     kept = []
 
     def paper(*_: torch.Tensor, **options: float) -> torch.Tensor:
@@ -274,14 +330,15 @@ def test_the_correlation_blends_into_the_papers_loss_which_is_trimmed_late(
 
     monkeypatch.setattr("accelerated.tasks.depth_loss", paper)
     monkeypatch.setattr("accelerated.tasks.correlation_loss", lambda *_: torch.tensor(1.0))
-    task = Depth(Recipe(kept=0.8, untrimmed=0.75, correlation=correlation))
+    monkeypatch.setattr("accelerated.tasks.anchor_loss", lambda *_: torch.tensor(1000.0))
+    task = Depth(Recipe(kept=0.8, untrimmed=0.75, correlation=correlation, anchor=0.3))
     maps = torch.rand(1, 2, 2)
-    values = [float(task.loss(maps, maps, progress)) for progress in (0.0, 0.25, 0.375, 0.5, 0.74, 0.75, 0.99)]
+    values = [float(task.loss(maps, maps, progress)) - 300 for progress in (0.0, 0.25, 0.375, 0.5, 0.74, 0.75, 0.99)]
     if correlation:
         assert values == pytest.approx([1, 1, 50.5, 100, 100, 100, 100])
         assert kept == [1.0, 1.0, 1.0, 0.8, 0.8]
     else:
-        assert values == [100] * 7
+        assert values == pytest.approx([100] * 7)
         assert kept == [1.0] * 5 + [0.8] * 2
 
 

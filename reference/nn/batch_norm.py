@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from reference.implementation import twinned
+
 from .checks import Array, check_arrays, check_gradient, check_shape
 
 
@@ -56,15 +58,14 @@ def _by_running(
     x: Array, weight: Array, bias: Array, running_mean: Array, running_var: Array, momentum: float, eps: float
 ) -> tuple[BatchNorm, Vjp]:
     scale = 1 / np.sqrt(running_var + eps)
-
-    def normal() -> Array:
-        return (x - _maps(running_mean)) * _maps(scale)
+    y = affine(_planes(x), running_mean, weight * scale, bias).reshape(x.shape)
 
     def vjp(d: BatchNorm) -> tuple[Array, Array, Array]:
         dy = _gradient(d.y, x)
-        return dy * _maps(weight * scale), _channel_sum(dy * normal()), _channel_sum(dy)
+        dbias, along = channel_sums(_planes(dy), _planes(x), running_mean)
+        return dy * (weight * scale)[:, None, None], along * scale, dbias
 
-    return BatchNorm(normal() * _maps(weight) + _maps(bias), running_mean, running_var), vjp
+    return BatchNorm(y, running_mean, running_var), vjp
 
 
 def _by_batch(
@@ -73,25 +74,25 @@ def _by_batch(
     n = x.size // x.shape[1]
     if n == 1:
         raise ValueError(f"batch_norm: x has shape {x.shape}: training needs more than one value per channel")
-    mean = _channel_sum(x) / n
-    centred = x - _maps(mean)
-    var = _channel_sum(np.square(centred)) / n
+    mean, var = moments(_planes(x))
     scale = 1 / np.sqrt(var + eps)
-    normal = np.multiply(centred, _maps(scale), out=centred)
+    y = affine(_planes(x), mean, weight * scale, bias).reshape(x.shape)
     new_mean = (1 - momentum) * running_mean + momentum * mean
     new_var = (1 - momentum) * running_var + momentum * n / (n - 1) * var
 
     def vjp(d: BatchNorm) -> tuple[Array, Array, Array]:
-        dy = _gradient(d.y, normal)
-        dweight, dbias = _channel_sum(dy * normal), _channel_sum(dy)
-        dx = _maps(weight * scale) * (dy - _maps(dbias / n) - normal * _maps(dweight / n))
+        dy = _gradient(d.y, x)
+        dbias, along = channel_sums(_planes(dy), _planes(x), mean)
+        # Centring and scaling each remove a direction of dy: 1, and x - mean. The running statistics add to just these.
+        direct = weight * scale
+        constant, slope = -direct * dbias / n, -direct * scale**2 * along / n
         if d.running_mean is not None:
-            dx += _maps(momentum / n * d.running_mean)
+            constant += momentum / n * d.running_mean
         if d.running_var is not None:
-            dx += _maps(momentum * 2 / (n - 1) * d.running_var / scale) * normal
-        return dx, dweight, dbias
+            slope += momentum * 2 / (n - 1) * d.running_var
+        return combine(_planes(dy), _planes(x), mean, direct, constant, slope).reshape(x.shape), along * scale, dbias
 
-    return BatchNorm(normal * _maps(weight) + _maps(bias), new_mean, new_var), vjp
+    return BatchNorm(y, new_mean, new_var), vjp
 
 
 def _gradient(dy: Array | None, like: Array) -> Array:
@@ -101,9 +102,30 @@ def _gradient(dy: Array | None, like: Array) -> Array:
     return dy
 
 
-def _maps(per_channel: Array) -> Array:
-    return per_channel[:, None, None]
+def _planes(maps: Array) -> Array:
+    return maps.reshape(*maps.shape[:2], -1)
 
 
-def _channel_sum(maps: Array) -> Array:
-    return maps.sum(axis=(0, 2, 3))
+@twinned
+def moments(x: Array) -> tuple[Array, Array]:
+    """Return mean and variance (C,) of x (B, C, H * W) per channel; the variance is divided by n."""
+    mean = x.mean(axis=(0, 2))
+    return mean, np.square(x - mean[:, None]).mean(axis=(0, 2))
+
+
+@twinned
+def affine(x: Array, mean: Array, scale: Array, bias: Array) -> Array:
+    """Return (x - mean) * scale + bias of x (B, C, H * W), the others (C,)."""
+    return (x - mean[:, None]) * scale[:, None] + bias[:, None]
+
+
+@twinned
+def channel_sums(dy: Array, x: Array, mean: Array) -> tuple[Array, Array]:
+    """Return the sums (C,) of dy and of dy (x - mean) of dy, x (B, C, H * W)."""
+    return dy.sum(axis=(0, 2)), (dy * (x - mean[:, None])).sum(axis=(0, 2))
+
+
+@twinned
+def combine(dy: Array, x: Array, mean: Array, direct: Array, constant: Array, slope: Array) -> Array:
+    """Return direct * dy + constant + slope * (x - mean) of dy, x (B, C, H * W), the others (C,)."""
+    return direct[:, None] * dy + constant[:, None] + slope[:, None] * (x - mean[:, None])

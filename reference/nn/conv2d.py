@@ -3,8 +3,8 @@
     y[b, o, r, c] = bias[o] + sum over p, i, j of weight[o, p, i, j] * x[b, p, r * stride + i - top, c * stride + j - left]
 
 with zeros outside x. It is written as a sum over the kernel's taps (i, j): what a tap sees of x is a strided slice, and the sum
-over p is a matrix product. `correlate` is linear in x and in weight; its two adjoints below are the vjp, and the transposed
-convolution is one of them.
+over p is a matrix product. Without its bias, `correlate` is linear in x and in weight; its two adjoints below are the
+vjp, and the transposed convolution is one of them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ def conv2d(x: Array, weight: Array, bias: Array | None = None, stride: int = 1, 
     pairs = padding_pairs("conv2d", padding)
     out = window_count("conv2d", x.shape, weight.shape[2:], stride, pairs)
     shape, has_bias = (x.shape[0], weight.shape[0], *out), bias is not None
-    y = correlate(x, weight, stride, pairs, out)
-    if bias is not None:
-        y += bias[:, None, None]
+    y = correlate(x, weight, bias, stride, pairs, out)
 
     def vjp(dy: Array) -> tuple[Array, Array, Array | None]:
         check_gradient("conv2d", dy, shape, x.dtype)
@@ -49,12 +47,14 @@ def conv2d(x: Array, weight: Array, bias: Array | None = None, stride: int = 1, 
 
 
 @twinned
-def correlate(x: Array, weight: Array, stride: int, padding: tuple[Pair, Pair], out: Pair) -> Array:
-    """Return y (B, O, *out) of x (B, C, H, W) and weight (O, C, kh, kw), without bias."""
+def correlate(x: Array, weight: Array, bias: Array | None, stride: int, padding: tuple[Pair, Pair], out: Pair) -> Array:
+    """Return y (B, O, *out) of x (B, C, H, W), weight (O, C, kh, kw) and bias (O,) or None."""
     padded = np.pad(x, ((0, 0), (0, 0), *padding))
     y = np.zeros((x.shape[0], weight.shape[0], out[0] * out[1]), x.dtype)
     for i, j, seen in taps(weight.shape[2:], stride, out):
         y += np.matmul(weight[:, :, i, j], padded[seen].reshape(*x.shape[:2], -1))
+    if bias is not None:
+        y += bias[:, None]
     return y.reshape(*y.shape[:2], *out)
 
 

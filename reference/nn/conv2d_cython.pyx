@@ -1,139 +1,222 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Compiled twin of conv2d.py: the same three maps, each as one matrix product per block of output rows.
+"""Compiled twin of conv2d.py: the same three maps, each as products of matrices.
 
-Column n of the matrix `columns` (C * kh * kw, rows * w) lists all that the kernel sees of one image at output position n. With it
+Column n of the matrix `columns` (C * kh * kw, positions) lists all that the kernel sees of one image at output position n. With
+it
 
     correlate                  y       = weight columns
     correlate_adjoint_weight   dweight = sum over blocks of dy columns^T
     correlate_adjoint_x        columns = weight^T dy, and every entry is added back to the pixel it came from
 
-where weight is (O, C * kh * kw), dy (O, rows * w). The whole matrix of an image would be kh * kw times the size of the image, so
-it is made for as many rows at a time as fit `_BLOCK` entries. The loops that fill it and spread it are the compiled part.
+where weight is (O, C * kh * kw), dy (O, positions). The whole matrix of an image would be kh * kw times the size of the image,
+so it is made for a few positions at a time. Two cases need none:
+
+    a 1x1 kernel at stride 1   the columns are x itself
+    a 3x3 kernel at stride 1   Winograd's way has fewer products (winograd_cython.pyx); the adjoint in x is such a correlation
+                               too, of dy with the kernel turned by 180 degrees and its channels exchanged
+
+The loops, and the products of `correlate`, run on as many threads as OpenMP is told to (OMP_NUM_THREADS), the adjoints'
+products on those of NumPy's library. What `correlate` returns does not depend on their number: tasks share nothing, and are cut
+alike.
 """
 
 import numpy as np
 
 from cython cimport floating
+from cython.parallel cimport prange, threadid
+
+from reference.nn import winograd_cython
+from reference.nn.product cimport ROWS, WIDTH, aligned, multiply, omp_get_max_threads
+from reference.nn.vectorised cimport VECTORISED
+from reference.nn.windows cimport Windows, gather, scatter
 
 _BLOCK = 1 << 20  # entries: a few MiB, which the second-level cache nearly holds between filling and multiplying
+_WORTH = 1000  # positions from which Winograd's fewer products outweigh the transformation of the weight
+
+cdef enum:
+    TERMS = 512  # rows of columns, PANELS * WIDTH wide, that stay in the second-level cache between filling and multiplying
+    PANELS = 4
+    TASKS = 16  # at least, where there is work enough, so that they share out evenly
 
 
-def correlate(x, weight, stride, padding, out):
-    """Return y (B, O, *out) of x (B, C, H, W) and weight (O, C, kh, kw), without bias."""
-    kernel, matrix, x = weight.shape[2:], weight.reshape(len(weight), -1), np.ascontiguousarray(x)
-    y = np.empty((len(x), len(weight), out[0] * out[1]), x.dtype)
-    for image, first, rows, positions, columns in _blocks(len(x), matrix.shape[1], out, x.dtype):
-        _fill(x[image], columns, kernel, stride, padding, first, rows, out[1])
-        np.matmul(matrix, columns, out=y[image, :, positions])
-    return y.reshape(len(x), len(weight), *out)
+def correlate(x, weight, bias, stride, padding, out):
+    """Return y (B, O, *out) of x (B, C, H, W), weight (O, C, kh, kw) and bias (O,) or None."""
+    if _is_winograds(weight.shape[2:], stride, len(x), out):
+        return winograd_cython.correlate(x, weight, bias, padding, out)
+    outputs, terms, taps = len(weight), weight[0].size, weight[0, 0].size
+    y = np.empty((len(x), outputs, *out), x.dtype)
+    bias = np.zeros(outputs, x.dtype) if bias is None else bias
+    panels = (outputs + ROWS - 1) // ROWS
+    packed = np.empty((panels, terms, ROWS), x.dtype)
+    entries = (min(terms, TERMS + taps) + panels * ROWS) * PANELS * WIDTH + 16
+    scratch = np.empty((omp_get_max_threads(), entries), x.dtype)
+    w = _windows(x, out, weight.shape[2:], stride, padding)
+    _correlate(np.ascontiguousarray(x), weight.reshape(outputs, terms), bias, y, packed, scratch, w)
+    return y
 
 
 def correlate_adjoint_x(dy, weight, stride, padding, size):
     """Return dx (B, C, *size) of dy (B, O, h, w) and weight (O, C, kh, kw)."""
-    kernel, out, transposed = weight.shape[2:], dy.shape[2:], weight.reshape(len(weight), -1).T
-    dx = np.zeros((len(dy), weight.shape[1], *size), dy.dtype)
+    kernel, out = weight.shape[2:], dy.shape[2:]
+    if _is_winograds(kernel, stride, len(dy), size):
+        turned = weight[:, :, ::-1, ::-1].swapaxes(0, 1)
+        return winograd_cython.correlate(dy, turned, None, [(2 - before, 2 - after) for before, after in padding], size)
+    transposed = weight.reshape(len(weight), -1).T
     dy = dy.reshape(*dy.shape[:2], -1)
-    for image, first, rows, positions, columns in _blocks(len(dy), len(transposed), out, dy.dtype):
+    if _is_a_product(kernel, stride, out, size):
+        return np.matmul(transposed, dy).reshape(len(dy), -1, *size)
+    dx = np.zeros((len(dy), weight.shape[1], *size), dy.dtype)
+    w = _windows(dx, out, kernel, stride, padding)
+    for image, positions, columns in _blocks(len(dy), len(transposed), out, dy.dtype):
         np.matmul(transposed, dy[image, :, positions], out=columns)
-        _spread(columns, dx[image], kernel, stride, padding, first, rows, out[1])
+        _spread(columns, dx[image], w, positions.start)
     return dx
 
 
 def correlate_adjoint_weight(dy, x, stride, padding, kernel):
     """Return dweight (O, C, *kernel) of dy (B, O, h, w) and x (B, C, H, W)."""
-    out, taps, x = dy.shape[2:], x.shape[1] * kernel[0] * kernel[1], np.ascontiguousarray(x)
-    dweight = np.zeros((dy.shape[1], taps), dy.dtype)
+    out, terms, x = dy.shape[2:], x.shape[1] * kernel[0] * kernel[1], np.ascontiguousarray(x)
+    dweight = np.zeros((dy.shape[1], terms), dy.dtype)
+    w = _windows(x, out, kernel, stride, padding)
+    is_product = _is_a_product(kernel, stride, out, x.shape[2:])
     dy = dy.reshape(*dy.shape[:2], -1)
-    for image, first, rows, positions, columns in _blocks(len(x), taps, out, x.dtype):
-        _fill(x[image], columns, kernel, stride, padding, first, rows, out[1])
+    for image, positions, columns in _blocks(len(x), terms, out, x.dtype):
+        if is_product:
+            columns = x[image].reshape(terms, -1)[:, positions]
+        else:
+            _fill(x[image], columns, w, positions.start)
         dweight += np.matmul(dy[image, :, positions], columns.T)
     return dweight.reshape(dy.shape[1], x.shape[1], *kernel)
 
 
-def _blocks(batch, taps, out, dtype):
-    """Yield (image, first row, number of rows, slice of positions, columns to use) for every block of output rows."""
-    height, width = out
-    most = min(max(_BLOCK // (taps * width), 1), height)
-    buffer = np.empty(taps * most * width, dtype)
+def _is_winograds(kernel, stride, batch, out):
+    return kernel == (3, 3) and stride == 1 and batch * out[0] * out[1] >= _WORTH
+
+
+def _is_a_product(kernel, stride, out, size):
+    return kernel == (1, 1) and stride == 1 and out == size  # of one size: without padding
+
+
+def _windows(x, out, kernel, stride, padding):
+    """Return the members of `Windows`."""
+    return {
+        "height": x.shape[2],
+        "width": x.shape[3],
+        "across": out[1],
+        "kh": kernel[0],
+        "kw": kernel[1],
+        "stride": stride,
+        "top": padding[0][0],
+        "left": padding[1][0],
+    }
+
+
+def _blocks(batch, terms, out, dtype):
+    """Yield (image, slice of positions, columns to use) for every block of output positions."""
+    positions = out[0] * out[1]
+    most = min(max(_BLOCK // terms, 1), positions)
+    buffer = np.empty(terms * most, dtype)
     for image in range(batch):
-        for first in range(0, height, most):
-            rows = min(most, height - first)
-            positions = slice(first * width, (first + rows) * width)
-            yield image, first, rows, positions, buffer[: taps * rows * width].reshape(taps, -1)
+        for first in range(0, positions, most):
+            count = min(most, positions - first)
+            yield image, slice(first, first + count), buffer[: terms * count].reshape(terms, count)
 
 
-def _fill(
-    const floating[:, :, ::1] x,
-    floating[:, ::1] columns,
-    kernel,
-    Py_ssize_t stride,
-    padding,
-    Py_ssize_t first,
-    Py_ssize_t rows,
-    Py_ssize_t width,
-):
-    """Write what the kernel sees of the image x (C, H, W) from output row `first` on; zeros where it sees padding."""
-    cdef Py_ssize_t kh = kernel[0], kw = kernel[1], top = padding[0][0], left = padding[1][0]
-    cdef Py_ssize_t k, c, i, j, r, n, start, stop, row, offset, at
-    with nogil:
-        for k in range(columns.shape[0]):
-            c, i, j = k // (kh * kw), k // kw % kh, k % kw
-            offset = j - left
-            start = _first_inside(offset, stride, width)
-            stop = _first_inside(offset - x.shape[2], stride, width)
-            for r in range(rows):
-                row = (first + r) * stride + i - top
-                at = r * width
-                if row < 0 or row >= x.shape[1]:
-                    for n in range(width):
-                        columns[k, at + n] = 0
-                    continue
-                for n in range(start):
-                    columns[k, at + n] = 0
-                if stride == 1:  # said apart, so that the compiler makes it a copy of adjacent memory
-                    for n in range(start, stop):
-                        columns[k, at + n] = x[c, row, n + offset]
-                else:
-                    for n in range(start, stop):
-                        columns[k, at + n] = x[c, row, n * stride + offset]
-                for n in range(stop, width):
-                    columns[k, at + n] = 0
+def _fill(const floating[:, :, ::1] x, floating[:, ::1] columns, Windows w, Py_ssize_t first):
+    """Write what the kernel sees of the image x (C, H, W) from position `first` on."""
+    cdef Py_ssize_t taps = w.kh * w.kw, count = columns.shape[1], c
+    for c in prange(x.shape[0], nogil=True):
+        gather(&x[c, 0, 0], &columns[c * taps, 0], w, first, count, count, 0)
 
 
-def _spread(
-    const floating[:, ::1] columns,
-    floating[:, :, ::1] dx,
-    kernel,
-    Py_ssize_t stride,
-    padding,
-    Py_ssize_t first,
-    Py_ssize_t rows,
-    Py_ssize_t width,
-):
+def _spread(const floating[:, ::1] columns, floating[:, :, ::1] dx, Windows w, Py_ssize_t first):
     """Add every entry of `columns` to the pixel of dx (C, H, W) that `_fill` would have read it from; padding is dropped."""
-    cdef Py_ssize_t kh = kernel[0], kw = kernel[1], top = padding[0][0], left = padding[1][0]
-    cdef Py_ssize_t k, c, i, j, r, n, start, stop, row, offset, at
-    with nogil:
-        for k in range(columns.shape[0]):
-            c, i, j = k // (kh * kw), k // kw % kh, k % kw
-            offset = j - left
-            start = _first_inside(offset, stride, width)
-            stop = _first_inside(offset - dx.shape[2], stride, width)
-            for r in range(rows):
-                row = (first + r) * stride + i - top
-                at = r * width
-                if row < 0 or row >= dx.shape[1]:
-                    continue
-                if stride == 1:
-                    for n in range(start, stop):
-                        dx[c, row, n + offset] += columns[k, at + n]
-                else:
-                    for n in range(start, stop):
-                        dx[c, row, n * stride + offset] += columns[k, at + n]
+    cdef Py_ssize_t taps = w.kh * w.kw, c
+    for c in prange(dx.shape[0], nogil=True):
+        scatter(&columns[c * taps, 0], &dx[c, 0, 0], w, first, columns.shape[1])
 
 
-cdef inline Py_ssize_t _first_inside(Py_ssize_t offset, Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
-    """Return the first n in [0, width] with n * stride + offset >= 0."""
-    if offset >= 0:
-        return 0
-    return min((stride - 1 - offset) // stride, width)
+def _correlate(
+    const floating[:, :, :, ::1] x,
+    const floating[:, :] weight,
+    const floating[:] bias,
+    floating[:, :, :, ::1] y,
+    floating[:, :, ::1] packed,
+    floating[:, ::1] scratch,
+    Windows w,
+):
+    """Pack the weight into panels of ROWS outputs, then share out tasks: some positions of an image, a part of the panels."""
+    cdef Py_ssize_t positions = y.shape[2] * y.shape[3], panels = packed.shape[0], batch = x.shape[0]
+    # Long tasks read adjacent memory. Parts of the panels are tasks of their own only where there are few positions.
+    cdef Py_ssize_t length = WIDTH * max(1, min(PANELS, batch * positions // (TASKS * WIDTH)))
+    cdef Py_ssize_t runs = (positions + length - 1) // length, parts = max(1, min(TASKS // (batch * runs), panels // 4))
+    cdef Py_ssize_t panel, task
+    for panel in prange(panels, nogil=True):
+        pack(weight, &packed[panel, 0, 0], panel * ROWS)
+    for task in prange(batch * runs * parts, schedule="dynamic", nogil=True):
+        run(
+            x[task // parts // runs],
+            packed[panels * (task % parts) // parts : panels * (task % parts + 1) // parts],
+            bias,
+            y[task // parts // runs],
+            aligned(&scratch[threadid(), 0]),
+            w,
+            task // parts % runs * length,
+            min(length, positions - task // parts % runs * length),
+            panels * (task % parts) // parts * ROWS,
+        )
+
+
+cdef VECTORISED pack(const floating[:, :] weight, floating* packed, Py_ssize_t first) noexcept nogil:
+    """packed (terms, ROWS) = the rows of weight from `first` on; zeros for those past the last."""
+    cdef Py_ssize_t k, r, rows = min(ROWS, weight.shape[0] - first)
+    for k in range(weight.shape[1]):
+        for r in range(rows):
+            packed[k * ROWS + r] = weight[first + r, k]
+        for r in range(rows, ROWS):
+            packed[k * ROWS + r] = 0
+
+
+cdef void run(
+    const floating[:, :, ::1] x,
+    const floating[:, :, ::1] weight,
+    const floating[:] bias,
+    floating[:, :, ::1] y,
+    floating* total,
+    Windows w,
+    Py_ssize_t first,
+    Py_ssize_t count,
+    Py_ssize_t output,
+) noexcept nogil:
+    """Compute `count` positions from `first` on, in row-major order, of the outputs that `weight` makes, from `output` on.
+
+    total is (panels of positions, panels of outputs, ROWS, WIDTH); columns, after it, is (panels of positions, rows, WIDTH).
+    """
+    cdef Py_ssize_t taps = w.kh * w.kw, rows = min(TERMS // taps + 1, x.shape[0]) * taps
+    cdef Py_ssize_t panels = (count + WIDTH - 1) // WIDTH, size = weight.shape[0] * ROWS * WIDTH, c = 0, channels, n, p, q, r
+    cdef floating* columns = total + panels * size
+    cdef floating* at
+    for n in range(panels * size):
+        total[n] = 0
+    while c < x.shape[0]:  # as many channels at a time as fill `rows`
+        channels = min(rows // taps, x.shape[0] - c)
+        for n in range(channels):
+            gather(&x[c + n, 0, 0], columns + n * taps * WIDTH, w, first, count, WIDTH, rows * WIDTH)
+        for q in range(panels):
+            for p in range(weight.shape[0]):
+                at = total + q * size + p * ROWS * WIDTH
+                multiply(&weight[p, c * taps, 0], columns + q * rows * WIDTH, at, channels * taps)
+        c += channels
+    for r in range(min(weight.shape[0] * ROWS, y.shape[0] - output)):
+        write(total + r * WIDTH, size, bias[output + r], &y[output + r, 0, 0] + first, count)
+
+
+cdef VECTORISED write(const floating* total, Py_ssize_t size, floating bias, floating* y, Py_ssize_t count) noexcept nogil:
+    """y (count,) = bias + total, whose panels of WIDTH entries are `size` apart."""
+    cdef Py_ssize_t n
+    while count > 0:
+        for n in range(min(count, WIDTH)):
+            y[n] = total[n] + bias
+        y += WIDTH
+        total += size
+        count -= WIDTH

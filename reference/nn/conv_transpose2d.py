@@ -38,7 +38,7 @@ def conv_transpose2d(x: Array, weight: Array, bias: Array | None = None, stride:
 
     def vjp(dy: Array) -> tuple[Array, Array, Array | None]:
         check_gradient("conv_transpose2d", dy, shape, x.dtype)
-        dx = correlate(dy, weight, stride, _NO_PADDING, x.shape[2:])
+        dx = correlate(dy, weight, None, stride, _NO_PADDING, x.shape[2:])
         dweight = correlate_adjoint_weight(x, dy, stride, _NO_PADDING, weight.shape[2:])
         return dx, dweight, dy.sum(axis=(0, 2, 3)) if has_bias else None
 

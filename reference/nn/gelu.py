@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from reference.implementation import twinned
+
 from .checks import Array, check_arrays, check_gradient
 
 Vjp = Callable[[Array], Array]
@@ -61,22 +63,34 @@ def gelu(x: Array) -> tuple[Array, Vjp]:
     """Return x Phi(x) for a float array of any shape; vjp(dy) -> dx = dy (Phi(x) + x phi(x)). Raises TypeError for dtypes."""
     check_arrays("gelu", x=x)
     flat, shape = x.reshape(-1), x.shape
-    y = np.empty_like(flat)
-    for part in _blocks(flat.size):
-        distribution, _ = standard_normal(flat[part])
-        np.multiply(flat[part], distribution, out=y[part])
 
     def vjp(dy: Array) -> Array:
         check_gradient("gelu", dy, shape, flat.dtype)
-        dx = dy.flatten()
-        for part in _blocks(flat.size):
-            slope, density = standard_normal(flat[part])
-            density *= flat[part]
-            slope += density
-            dx[part] *= slope
-        return dx.reshape(shape)
+        return weigh_adjoint(dy.reshape(-1), flat).reshape(shape)
 
-    return y.reshape(shape), vjp
+    return weigh(flat).reshape(shape), vjp
+
+
+@twinned
+def weigh(x: Array) -> Array:
+    """Return x Phi(x) of x (n,)."""
+    y = np.empty_like(x)
+    for part in _blocks(x.size):
+        distribution, _ = standard_normal(x[part])
+        np.multiply(x[part], distribution, out=y[part])
+    return y
+
+
+@twinned
+def weigh_adjoint(dy: Array, x: Array) -> Array:
+    """Return dx = dy (Phi(x) + x phi(x)) of dy, x (n,)."""
+    dx = np.empty_like(x)
+    for part in _blocks(x.size):
+        slope, density = standard_normal(x[part])
+        density *= x[part]
+        slope += density
+        np.multiply(dy[part], slope, out=dx[part])
+    return dx
 
 
 def standard_normal(x: Array) -> tuple[Array, Array]:

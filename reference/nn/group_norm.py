@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from reference.implementation import twinned
+
 from .checks import Array, check_arrays, check_gradient, check_positive, check_shape
 
 Vjp = Callable[[Array], tuple[Array, Array, Array]]
@@ -25,19 +27,32 @@ def group_norm(x: Array, groups: int, weight: Array, bias: Array, eps: float = 1
     check_positive("group_norm", groups=groups)
     if channels % groups:
         raise ValueError(f"group_norm: x has shape {x.shape}: expected a multiple of {groups} channels, as groups is {groups}")
-    shape, grouped = x.shape, (x.shape[0], groups, -1)
-    flat = x.reshape(grouped)
-    centred = flat - flat.mean(axis=-1, keepdims=True)
-    scale = 1 / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + eps)
-    normal = np.multiply(centred, scale, out=centred)
-    y = normal.reshape(shape) * weight[:, None, None] + bias[:, None, None]
+    shape, split = x.shape, (x.shape[0], groups, channels // groups, -1)
+    grouped, weights = x.reshape(split), weight.reshape(groups, -1)
+    y, mean, scale = standardize_groups(grouped, weights, bias.reshape(groups, -1), eps)
 
     def vjp(dy: Array) -> tuple[Array, Array, Array]:
-        check_gradient("group_norm", dy, shape, normal.dtype)
-        dweight = (dy * normal.reshape(shape)).sum(axis=(0, 2, 3))
-        dnormal = (dy * weight[:, None, None]).reshape(grouped)
-        along = (dnormal * normal).mean(axis=-1, keepdims=True)
-        dx = scale * (dnormal - dnormal.mean(axis=-1, keepdims=True) - normal * along)
-        return dx.reshape(shape), dweight, dy.sum(axis=(0, 2, 3))
+        check_gradient("group_norm", dy, shape, grouped.dtype)
+        dx, dweight, dbias = standardize_groups_adjoint(dy.reshape(split), grouped, mean, scale, weights)
+        return dx.reshape(shape), dweight.reshape(-1), dbias.reshape(-1)
 
-    return y, vjp
+    return y.reshape(shape), vjp
+
+
+@twinned
+def standardize_groups(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, Array, Array]:
+    """Return y, mean (B, G, 1, 1) and scale (B, G, 1, 1) of x (B, G, C / G, H * W), weight and bias (G, C / G)."""
+    mean = x.mean(axis=(2, 3), keepdims=True)
+    centred = x - mean
+    scale = 1 / np.sqrt(np.square(centred).mean(axis=(2, 3), keepdims=True) + eps)
+    return centred * scale * weight[..., None] + bias[..., None], mean, scale
+
+
+@twinned
+def standardize_groups_adjoint(dy: Array, x: Array, mean: Array, scale: Array, weight: Array) -> tuple[Array, Array, Array]:
+    """Return dx (B, G, C / G, H * W), dweight and dbias (G, C / G) of dy."""
+    normal = (x - mean) * scale
+    dnormal = dy * weight[..., None]
+    along = (dnormal * normal).mean(axis=(2, 3), keepdims=True)
+    dx = scale * (dnormal - dnormal.mean(axis=(2, 3), keepdims=True) - normal * along)
+    return dx, (dy * normal).sum(axis=(0, 3)), dy.sum(axis=(0, 3))

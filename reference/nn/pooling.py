@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from reference.implementation import twinned
+
 from .checks import Array, Padding, Pair, check_arrays, check_gradient, check_positive, check_shape, padding_pairs, window_count
 from .conv2d import taps
 
@@ -24,23 +26,35 @@ def max_pool2d(x: Array, kernel: int, stride: int, padding: Padding = 0) -> tupl
     pairs = padding_pairs("max_pool2d", padding)
     if max(*pairs[0], *pairs[1]) >= kernel:
         raise ValueError(f"max_pool2d: padding is {padding}: expected less than the kernel, {kernel}")
-    window = kernel, kernel
-    out = window_count("max_pool2d", x.shape, window, stride, pairs)
+    out = window_count("max_pool2d", x.shape, (kernel, kernel), stride, pairs)
     padded = np.pad(x, ((0, 0), (0, 0), *pairs), constant_values=-np.inf)
-    seen = np.stack([padded[index] for _, _, index in taps(window, stride, out)])
-    winner = seen.argmax(axis=0)
-    y = np.take_along_axis(seen, winner[None], axis=0)[0]
-    shape, padded_shape, dtype = x.shape, padded.shape, x.dtype
+    y, winner = window_maxima(padded, kernel, stride, out)
+    shape, padded_size, dtype = x.shape, padded.shape[2:], x.dtype
 
     def vjp(dy: Array) -> Array:
         check_gradient("max_pool2d", dy, winner.shape, dtype)
-        dpadded = np.zeros(padded_shape, dtype)
-        for i, j, index in taps(window, stride, out):
-            dpadded[index] += np.where(winner == i * kernel + j, dy, dtype.type(0))
+        dpadded = window_maxima_adjoint(dy, winner, kernel, stride, padded_size)
         (top, _), (left, _) = pairs
         return dpadded[:, :, top : top + shape[2], left : left + shape[3]]
 
     return y, vjp
+
+
+@twinned
+def window_maxima(x: Array, kernel: int, stride: int, out: Pair) -> tuple[Array, Array]:
+    """Return y (B, C, *out) and the winning tap of each window of x (B, C, H, W), which is padded: the first maximum, or NaN."""
+    seen = np.stack([x[index] for _, _, index in taps((kernel, kernel), stride, out)])
+    winner = seen.argmax(axis=0)
+    return np.take_along_axis(seen, winner[None], axis=0)[0], winner
+
+
+@twinned
+def window_maxima_adjoint(dy: Array, winner: Array, kernel: int, stride: int, size: Pair) -> Array:
+    """Return dx (B, C, *size): each window hands its gradient to the pixel that its winning tap saw."""
+    dx = np.zeros((*dy.shape[:2], *size), dy.dtype)
+    for i, j, index in taps((kernel, kernel), stride, dy.shape[2:]):
+        dx[index] += np.where(winner == i * kernel + j, dy, dy.dtype.type(0))
+    return dx
 
 
 def same_padding(size: Pair, kernel: int, stride: int) -> tuple[Pair, Pair]:

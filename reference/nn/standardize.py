@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .batch_norm import affine, channel_sums, combine, moments
 from .checks import Array, check_arrays, check_gradient
 
 Vjp = Callable[[Array], Array]
@@ -18,14 +19,14 @@ Vjp = Callable[[Array], Array]
 
 def standardize_weight_variance(w: Array, eps: float = 1e-8) -> tuple[Array, Vjp]:
     """Return (w - mean) / sqrt(var + eps) per output channel of w (O, ...): today's timm; vjp(dy) -> dw."""
-    centred, axes = _centre("standardize_weight_variance", w)
-    scale = 1 / np.sqrt(np.square(centred).mean(axis=axes, keepdims=True) + eps)
-    y = centred * scale
+    filters = _filters("standardize_weight_variance", w)
+    mean, var = moments(filters)
+    scale = 1 / np.sqrt(var + eps)
+    y = affine(filters, mean, scale, np.zeros_like(mean)).reshape(w.shape)
 
     def vjp(dy: Array) -> Array:
         check_gradient("standardize_weight_variance", dy, y.shape, y.dtype)
-        along = (dy * y).mean(axis=axes, keepdims=True)
-        return scale * (dy - dy.mean(axis=axes, keepdims=True) - y * along)
+        return _adjoint(dy, filters, mean, scale, scale**3)
 
     return y, vjp
 
@@ -35,23 +36,30 @@ def standardize_weight_deviation(w: Array, eps: float = 1e-5) -> tuple[Array, Vj
 
     The deviation of a constant filter has no derivative; it is taken as 0 there.
     """
-    centred, axes = _centre("standardize_weight_deviation", w)
-    deviation = np.sqrt(np.square(centred).mean(axis=axes, keepdims=True))
+    filters = _filters("standardize_weight_deviation", w)
+    mean, var = moments(filters)
+    deviation = np.sqrt(var)
     scale = 1 / (deviation + eps)
-    y = centred * scale
+    y = affine(filters, mean, scale, np.zeros_like(mean)).reshape(w.shape)
 
     def vjp(dy: Array) -> Array:
         check_gradient("standardize_weight_deviation", dy, y.shape, y.dtype)
-        along = (dy * y).mean(axis=axes, keepdims=True)
-        unit = np.divide(y, deviation * scale, out=np.zeros_like(y), where=deviation > 0)  # centred / deviation
-        return scale * (dy - dy.mean(axis=axes, keepdims=True) - unit * along)
+        slope = np.divide(scale**2, deviation, out=np.zeros_like(scale), where=deviation > 0)
+        return _adjoint(dy, filters, mean, scale, slope)
 
     return y, vjp
 
 
-def _centre(op: str, w: Array) -> tuple[Array, tuple[int, ...]]:
+def _filters(op: str, w: Array) -> Array:
+    """Return w as one image of O channels (1, O, n), for which batch normalisation has the sums and maps that are needed here."""
     check_arrays(op, w=w)
     if w.ndim < 2:
         raise ValueError(f"{op}: w has shape {w.shape}: expected (O, ...) with at least two dimensions")
-    axes = tuple(range(1, w.ndim))
-    return w - w.mean(axis=axes, keepdims=True), axes
+    return w.reshape(1, len(w), -1)
+
+
+def _adjoint(dy: Array, filters: Array, mean: Array, scale: Array, slope: Array) -> Array:
+    """Return dw = scale (dy - mean dy) - slope (w - mean) mean(dy (w - mean)), of the shape of dy."""
+    n, dy_filters = filters.shape[2], dy.reshape(filters.shape)
+    plain, along = channel_sums(dy_filters, filters, mean)
+    return combine(dy_filters, filters, mean, scale, -scale * plain / n, -slope * along / n).reshape(dy.shape)

@@ -42,33 +42,33 @@ class Recipe(BaseModel):
     model: str = Field("dpt_tiny", description="configuration of the model: a name in accelerated.CONFIGS")
     seed: int = Field(0, ge=0, description="seeds the initial weights, the order of the scenes, crops and flips")
 
-    size: PositiveInt = Field(96, description="side of the rendered scenes, in pixels")
-    training_scenes: PositiveInt = Field(2200, description="scenes learnt from")
+    size: PositiveInt = Field(64, description="side of the rendered scenes, in pixels")
+    training_scenes: PositiveInt = Field(4000, description="scenes learnt from")
     validation_scenes: PositiveInt = Field(
         100, description="scenes of the same seed, never learnt from, that draw the learning curve"
     )
     held_out_scenes: int = Field(200, ge=2, description="scenes of another seed, looked at once, when training is over")
 
     smallest_window: float = Field(
-        0.6, gt=0, le=1, description="side of the smallest random square window of a scene, as a share of the scene's"
+        0.85, gt=0, le=1, description="side of the smallest random square window of a scene, as a share of the scene's"
     )
     crops: list[PositiveInt] = Field(
-        [32, 64, 96],
+        [48, 64],
         min_length=1,
         description="pixels along the side to which a window is scaled, one number per stage of the training: small images "
         "come first, since they teach much in little time; multiples of the patch size",
     )
     crop_shares: list[PositiveFloat] = Field(
-        [0.65, 0.23, 0.12], min_length=1, description="share of the steps that each stage takes, relative to the others'"
+        [0.6, 0.4], min_length=1, description="share of the steps that each stage takes, relative to the others'"
     )
     flip: bool = Field(True, description="mirror every other crop, at random")
     color_jitter: float = Field(0.2, ge=0, lt=1, description="largest relative change of contrast and of each channel, at random")
 
     batch_size: PositiveInt = Field(16, description="scenes per step")
-    steps: PositiveInt = Field(5000, description="optimiser steps")
+    steps: PositiveInt = Field(8600, description="optimiser steps")
     backbone_learning_rate: float = Field(1.5e-3, gt=0, description="AdamW's learning rate for the backbone, at its highest")
     decoder_learning_rate: float = Field(1.5e-3, gt=0, description="AdamW's learning rate for everything else, at its highest")
-    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which both rates rise from 0")
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps over which both rates rise from 0")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient; a longer one is scaled down to it")
     average_decay: float = Field(
@@ -79,13 +79,13 @@ class Recipe(BaseModel):
         0.8, gt=0, le=1, description="depth: share of the smallest residuals that the loss keeps (the paper trims the rest)"
     )
     correlation: float = Field(
-        0.3,
+        0.1,
         ge=0,
         le=0.5,
         description="depth: share of the steps that at first maximise the correlation; as many then blend into the paper's loss",
     )
     untrimmed: float = Field(
-        0.8, ge=0, le=1, description="depth: share of the steps, at the start, during which nothing is trimmed"
+        0.95, ge=0, le=1, description="depth: share of the steps, at the start, during which nothing is trimmed"
     )
     anchor: float = Field(
         0.1,

@@ -37,7 +37,7 @@ from .losses import correlation_loss, depth_loss, segmentation_loss
 from .parameters import Params
 from .weights import save
 
-SEED, SIZE = 1, 96  # of the scenes that the accelerated form trains on
+SEED, SIZE = 1, 64  # of the scenes that the accelerated form trains on
 CLASSES = 18  # what the scenes' labels count
 RATES = {"depth": (3e-4, 3e-4), "segmentation": (2e-2, 2e-2)}  # backbone, decoder; from random weights, so above the paper's
 # The loss of depth changes its meaning during a run; these do not.
@@ -304,7 +304,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=_whole(1), default=200, help="steps of the optimiser (200)")
     parser.add_argument("--batch", type=_whole(1), default=4, help="scenes per step (4)")
     parser.add_argument(
-        "--crop", type=_whole(1), default=64, help=f"side of the random crops: a multiple of 16, up to {SIZE} (64)"
+        "--crop", type=_whole(1), default=48, help=f"side of the random crops: a multiple of 16, up to {SIZE} (48)"
     )
     rates = ", ".join(f"{task}: {{}}" for task in RATES)
     for i, group in enumerate(("backbone", "decoder")):

@@ -230,8 +230,8 @@ def refused(capsys, status=2):
         (["--batch", "two"], "argument --batch: 'two' does not fit: expected a whole number of at least 1"),
         (["--seed", "-1"], "argument --seed: '-1' does not fit: expected a whole number of at least 0"),
         (["--scenes", "1.5"], "argument --scenes: '1.5' does not fit"),
-        (["--crop", "40"], "--crop is 40: expected a multiple of 16, at most 96, the size of the scenes"),
-        (["--crop", "112"], "--crop is 112: expected a multiple of 16, at most 96"),
+        (["--crop", "40"], "--crop is 40: expected a multiple of 16, at most 64, the size of the scenes"),
+        (["--crop", "112"], "--crop is 112: expected a multiple of 16, at most 64"),
         (["--backbone-rate", "-1"], "argument --backbone-rate: '-1' does not fit: expected a number of at least 0"),
         (["--decoder-rate", "inf"], "argument --decoder-rate: 'inf' does not fit"),
         (["--decoder-rate", "fast"], "argument --decoder-rate: 'fast' does not fit"),
@@ -281,13 +281,13 @@ def forget(folder):
         (lambda folder: (folder / "depth.npy").unlink(), "there is no .*depth.npy: .* renders the scenes"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read .*: .* renders them anew"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "cannot be read .*: .* renders them anew"),
-        (lambda folder: (folder / "manifest.json").write_text('{"seed": 1, "size": 96}'), "cannot be read .*'scenes'"),
+        (lambda folder: (folder / "manifest.json").write_text('{"seed": 1, "size": 64}'), "cannot be read .*'scenes'"),
         (lambda folder: (folder / "label.npy").write_bytes(b"half"), "cannot be read .*: .* renders them anew"),
         (lambda folder: (folder / "label.npy").write_bytes(b""), "cannot be read .*: .* renders them anew"),
-        (lambda folder: np.save(folder / "depth.npy", np.zeros((6, 96, 96))), "does not hold scenes of seed 1 and size 96"),
-        (lambda folder: np.save(folder / "image.npy", np.zeros((6, 96, 90, 3), np.uint8)), "does not hold scenes of seed 1 and"),
-        (lambda folder: rewrite(folder, seed=2), "does not hold scenes of seed 1 and size 96: .* renders them"),
-        (lambda folder: rewrite(folder, size=128), "does not hold scenes of seed 1 and size 96: .* renders them"),
+        (lambda folder: np.save(folder / "depth.npy", np.zeros((6, 64, 64))), "does not hold scenes of seed 1 and size 64"),
+        (lambda folder: np.save(folder / "image.npy", np.zeros((6, 64, 60, 3), np.uint8)), "does not hold scenes of seed 1 and"),
+        (lambda folder: rewrite(folder, seed=2), "does not hold scenes of seed 1 and size 64: .* renders them"),
+        (lambda folder: rewrite(folder, size=128), "does not hold scenes of seed 1 and size 64: .* renders them"),
         (forget, "does not hold 4 scenes: .* renders what is missing"),
         (lambda folder: rewrite(folder, scenes=[]), "does not hold 4 scenes: .* renders what is missing"),
         (flip_a_byte, "scene 2 in .* does not have its checksum: .* renders it anew"),
@@ -299,7 +299,7 @@ def test_scenes_that_cannot_be_used_are_refused_with_the_command_that_renders_th
     sentence = refused(capsys)
     with pytest.raises(ValueError, match=message):
         raise ValueError(sentence)
-    command = f"`python -c \"from accelerated.data.scenes import load_scenes; load_scenes(1, 4, 96, '{bad}')\"`"
+    command = f"`python -c \"from accelerated.data.scenes import load_scenes; load_scenes(1, 4, 64, '{bad}')\"`"
     assert command in sentence
     assert not (tmp_path / "run").exists()
 
@@ -311,7 +311,7 @@ def test_the_command_that_renders_is_one(tmp_path, capsys, monkeypatch):
     calls = []
     monkeypatch.setattr("accelerated.data.scenes.load_scenes", lambda *arguments: calls.append(arguments))
     exec(code, {})
-    assert calls == [(1, 7, 96, str(tmp_path / "none"))]
+    assert calls == [(1, 7, 64, str(tmp_path / "none"))]
 
 
 def test_a_scene_beyond_those_asked_for_may_be_missing_or_damaged(cache, tmp_path, reduced):

@@ -179,7 +179,9 @@ def test_the_objective_of_depth_is_the_recipes(progress):
     assert_same(loss, expected.item())
     assert_same(vjp(1.0), leaf.grad.numpy())
     by_default, _ = depth_objective(prediction, depth, progress)
-    assert_same(by_default, Depth(Recipe(anchor=0)).loss(leaf, torch.tensor(depth), progress).item())
+    assert_same(
+        by_default, Depth(Recipe(correlation=0.3, untrimmed=0.8, anchor=0)).loss(leaf, torch.tensor(depth), progress).item()
+    )
 
 
 # ---- segmentation --------------------------------------------------------------------------------------------------------------

@@ -1,20 +1,21 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Compiled twin of gelu.py: the same rational function and exponential, in registers from an element's read to its write.
 
-The loop over a part has no branch and calls nothing, so that the compiler computes eight or sixteen elements at a time. Threads
-share the parts, whose length does not depend on how many threads there are.
+The loop over a part has no branch and calls nothing, so that the compiler computes eight or sixteen elements at a time.
+
+One thread does it all. After a loop on several, OpenMP's threads wait on their processors for milliseconds. There they hold up
+the next product of NumPy's library, which has threads of its own, and in a transformer every second step is a product.
 """
 
 import numpy as np
 
 from cython cimport floating
-from cython.parallel cimport prange
 from reference.nn.exponential cimport exponential
 from reference.nn.vectorised cimport VECTORISED
 
 from reference.nn.gelu import MILLS
 
-cdef Py_ssize_t PART = 8192  # elements that one thread takes at a time
+cdef Py_ssize_t PART = 8192  # elements, whose dy, x and dx the first-level cache nearly holds
 
 
 def weigh(x):
@@ -35,18 +36,20 @@ def weigh_adjoint(dy, x):
 
 def _weigh(const floating[::1] x, floating[::1] y, const floating[::1] mills, floating limit):
     cdef Py_ssize_t n = x.shape[0], part
-    for part in prange((n + PART - 1) // PART, nogil=True, schedule="static", use_threads_if=n > 4 * PART):
-        _weigh_part(&x[part * PART], &y[part * PART], min(PART, n - part * PART), &mills[0], limit)
+    with nogil:
+        for part in range((n + PART - 1) // PART):
+            _weigh_part(&x[part * PART], &y[part * PART], min(PART, n - part * PART), &mills[0], limit)
 
 
 def _weigh_adjoint(
     const floating[::1] dy, const floating[::1] x, floating[::1] dx, const floating[::1] mills, floating limit
 ):
     cdef Py_ssize_t n = x.shape[0], part
-    for part in prange((n + PART - 1) // PART, nogil=True, schedule="static", use_threads_if=n > 4 * PART):
-        _adjoint_part(
-            &dy[part * PART], &x[part * PART], &dx[part * PART], min(PART, n - part * PART), &mills[0], limit
-        )
+    with nogil:
+        for part in range((n + PART - 1) // PART):
+            _adjoint_part(
+                &dy[part * PART], &x[part * PART], &dx[part * PART], min(PART, n - part * PART), &mills[0], limit
+            )
 
 
 cdef VECTORISED _weigh_part(

@@ -1,18 +1,19 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Compiled twin of softmax.py: a row at a time, which stays in the first-level cache from its maximum to its last quotient.
 
-The exponential and the sums are written so that the compiler vectorises them (exponential.pxd, sums.pxd). Threads share the rows.
+The exponential and the sums are written so that the compiler vectorises them (exponential.pxd, sums.pxd).
+
+One thread does it all. After a loop on several, OpenMP's threads wait on their processors for milliseconds. There they hold up
+the next product of NumPy's library, which has threads of its own, and in a transformer every second step is a product.
 """
 
 import numpy as np
 
 from cython cimport floating
-from cython.parallel cimport prange
 from reference.nn.exponential cimport exponential
 from reference.nn.sums cimport greatest, total, total_of_products
 from reference.nn.vectorised cimport VECTORISED
 
-cdef Py_ssize_t FEW = 32768  # elements for which waking other threads does not pay
 
 
 def proportions(x, axis):
@@ -34,14 +35,16 @@ def proportions_adjoint(dy, y, axis):
 
 def _proportions(const floating[:, ::1] x, floating[:, ::1] y):
     cdef Py_ssize_t r, n = x.shape[1]
-    for r in prange(x.shape[0], nogil=True, schedule="static", use_threads_if=x.shape[0] * n > FEW):
-        _row(&x[r, 0], &y[r, 0], n)
+    with nogil:
+        for r in range(x.shape[0]):
+            _row(&x[r, 0], &y[r, 0], n)
 
 
 def _adjoint(const floating[:, ::1] dy, const floating[:, ::1] y, floating[:, ::1] dx):
     cdef Py_ssize_t r, n = y.shape[1]
-    for r in prange(y.shape[0], nogil=True, schedule="static", use_threads_if=y.shape[0] * n > FEW):
-        _adjoint_row(&dy[r, 0], &y[r, 0], &dx[r, 0], n)
+    with nogil:
+        for r in range(y.shape[0]):
+            _adjoint_row(&dy[r, 0], &y[r, 0], &dx[r, 0], n)
 
 
 cdef VECTORISED _row(const floating* x, floating* y, Py_ssize_t n) noexcept nogil:

@@ -58,7 +58,7 @@ sanitize: $(VENV)/installed-tests  ## the compiled twins and their tests under t
 	mkdir -p $(SANITIZED)
 	cp -r reference tests pyproject.toml setup.py README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/reference/nn/*.so
-	cd $(SANITIZED) && CC="$(CC) $(SANITIZE)" $(abspath $(BIN)) setup.py --quiet build_ext --inplace --parallel 2
+	cd $(SANITIZED) && CC="$(CC) $(SANITIZE)" $(abspath $(BIN)) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN)) -m pytest --quiet -p no:cacheprovider $(SANITIZED_TESTS)
 

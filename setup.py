@@ -5,6 +5,7 @@ an installation that quietly left the twins out would be many times slower witho
 In a checkout: `python setup.py build_ext --inplace`.
 """
 
+import os
 import tempfile
 from glob import glob
 from pathlib import Path
@@ -22,6 +23,10 @@ OPENMP = "-fopenmp"
 
 class BuildTwins(build_ext):
     """Compile with OpenMP, and say so where the compiler has none: the twins then compute the same on one thread."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.parallel = os.cpu_count()  # compilers at once
 
     def build_extensions(self) -> None:
         if self.has_openmp():

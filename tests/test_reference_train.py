@@ -15,17 +15,18 @@ import reference
 from accelerated.data import scene_cache
 from accelerated.data.scenes import CLASSES, GENERATOR_VERSION, TRAIN_SEED
 from accelerated.recipe import Recipe
+from reference import scenes as stored
 from reference import train
 from tests.models import small
 
 ROOT = Path(__file__).parents[1]
-LAYOUT = scene_cache.Layout(GENERATOR_VERSION, TRAIN_SEED, train.SIZE)
-NAME = f"seed-{train.SEED}-size-{train.SIZE}"
+LAYOUT = scene_cache.Layout(GENERATOR_VERSION, TRAIN_SEED, stored.SIZE)
+NAME = f"seed-{stored.SEED}-size-{stored.SIZE}"
 
 
 def scene(i):
     """A scene whose depth and classes can be read off its colours: image, depth (0 where there is none), label."""
-    rng, side = np.random.default_rng(i), train.SIZE
+    rng, side = np.random.default_rng(i), stored.SIZE
     rows, columns = np.mgrid[:side, :side] / side
     blob = np.hypot(rows - rng.uniform(0.2, 0.8), columns - rng.uniform(0.2, 0.8)) < 0.25
     near = np.where(blob, 0.9, 0.2 + 0.5 * rows)
@@ -74,8 +75,8 @@ def weights(folder):
 
 
 def test_the_scenes_are_those_that_the_accelerated_form_trains_on(cache):
-    assert (TRAIN_SEED, Recipe().size, len(CLASSES)) == (train.SEED, train.SIZE, train.CLASSES)
-    scenes = train.load_scenes(cache, 5)
+    assert (TRAIN_SEED, Recipe().size, len(CLASSES)) == (stored.SEED, stored.SIZE, stored.CLASSES)
+    scenes = stored.load_scenes(cache, 5)
     for i in range(5):
         for have, want in zip(scenes, scene(i), strict=True):
             assert have.dtype == want.dtype
@@ -101,8 +102,8 @@ def test_a_run_from_the_command_line_learns_and_its_weights_open_in_pytorch(cach
     model = accelerated.load(folder / "weights.safetensors")
     assert model.config == reference.configuration("dpt_tiny")
     # On whole scenes, the trained model is much nearer to the truth than the one that it began as.
-    scenes = train.load_scenes(cache, 6)
-    image = train.normalized(scenes.image, model.config)
+    scenes = stored.load_scenes(cache, 6)
+    image = stored.normalized(scenes.image, model.config)
     inverse, known = train.inverse_depth(scenes.depth)
     began = reference.initialize(model.config, np.random.default_rng(0))
     before, _ = reference.losses.correlation_loss(reference.apply(began, image, model.config)[0], inverse, known)
@@ -172,23 +173,23 @@ def test_the_default_folder_is_named_after_the_task(cache, tmp_path, reduced, mo
 
 
 def test_batches_pass_over_all_scenes_before_any_comes_again():
-    drawn = list(train.batches(5, 3, 10, np.random.default_rng(0)))
+    drawn = list(stored.batches(5, 3, 10, np.random.default_rng(0)))
     assert [len(batch) for batch in drawn] == [3] * 10
     order = np.concatenate(drawn)
     passes = order.reshape(6, 5)
     assert (np.sort(passes, axis=1) == np.arange(5)).all()
     assert len({tuple(one) for one in passes}) > 1
-    large = list(train.batches(2, 5, 2, np.random.default_rng(0)))
+    large = list(stored.batches(2, 5, 2, np.random.default_rng(0)))
     assert np.bincount(np.concatenate(large)).tolist() == [5, 5]
 
 
 def test_crops_are_aligned_squares_from_anywhere_mirrored_half_the_time():
-    side = train.SIZE
+    side = stored.SIZE
     place = np.arange(side * side).reshape(1, side, side)
-    scenes = train.Scenes(np.stack([place] * 3, axis=-1), place.astype(np.float32), place)
+    scenes = stored.Scenes(np.stack([place] * 3, axis=-1), place.astype(np.float32), place)
     rng, seen = np.random.default_rng(0), []
     for _ in range(200):
-        image, depth, label = train.random_crops(scenes, np.array([0, 0]), 64, rng)
+        image, depth, label = stored.random_crops(scenes, np.array([0, 0]), 64, rng)
         assert (image[..., 0] == label).all() and (depth == label).all()
         assert label.shape == (2, 64, 64)
         for one in label:
@@ -205,7 +206,7 @@ def test_crops_are_aligned_squares_from_anywhere_mirrored_half_the_time():
 def test_images_are_normalised_as_the_configuration_says():
     image = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
     config = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.25, 2.0]}
-    y = train.normalized(image, config)
+    y = stored.normalized(image, config)
     assert y.shape == (2, 3, 4, 5) and y.dtype == np.float32 and y.flags.c_contiguous
     expected = (image[1, 2, 3] / 255 - config["image_mean"]) / config["image_std"]
     np.testing.assert_allclose(y[1, :, 2, 3], expected, rtol=1e-5)
@@ -376,7 +377,7 @@ def test_the_score_of_depth_is_the_correlation_and_0_where_there_is_none():
 
 def test_labels_that_are_no_classes_are_refused(tmp_path, capsys):
     rows = list(scene(0))
-    rows[2] = np.where(rows[2] == 6, train.CLASSES, rows[2]).astype(np.uint8)
+    rows[2] = np.where(rows[2] == 6, stored.CLASSES, rows[2]).astype(np.uint8)
     with scene_cache.opened(tmp_path / NAME, LAYOUT, 1) as store:
         store.allocate()
         with store.writer() as writer:

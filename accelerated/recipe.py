@@ -65,7 +65,7 @@ class Recipe(BaseModel):
     color_jitter: float = Field(0.2, ge=0, lt=1, description="largest relative change of contrast and of each channel, at random")
 
     batch_size: PositiveInt = Field(16, description="scenes per step")
-    steps: PositiveInt = Field(8600, description="optimiser steps")
+    steps: PositiveInt = Field(10200, description="optimiser steps")
     backbone_learning_rate: float = Field(1.5e-3, gt=0, description="AdamW's learning rate for the backbone, at its highest")
     decoder_learning_rate: float = Field(1.5e-3, gt=0, description="AdamW's learning rate for everything else, at its highest")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps over which both rates rise from 0")

@@ -125,7 +125,7 @@ CONFIGS: dict[str, Config] = {
         "fusion_width": 64,
         "head_widths": [32, 16],
         **_PREPROCESSING,
-        "network_size": 128,
+        "network_size": 64,  # what the demo trains at
     },
 }
 

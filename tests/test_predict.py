@@ -65,7 +65,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, depth_model: Any, segmentati
     (folder / "truncated.png").write_bytes((folder / "good.png").read_bytes()[:3000])
     (folder / "text.png").write_text("not a picture")
     Image.fromarray(np.full((4, 5), np.nan, np.float32)).save(folder / "nan.tif")
-    Image.new("1", (60_000, 200)).save(folder / "long.png")
+    Image.new("1", (120_000, 100)).save(folder / "long.png")
     Image.new("1", (10_001, 10_000)).save(folder / "huge.png")
     Image.fromarray(picture).save(folder / "damaged.tif", compression="tiff_lzw")
     damaged = bytearray((folder / "damaged.tif").read_bytes())
@@ -134,7 +134,7 @@ def test_a_prediction_that_is_not_finite_is_refused() -> None:
 
 
 def test_the_model_decides_the_precision() -> None:
-    image = np.random.default_rng(3).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    image = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     depth = predict(Red().double(), image)
     assert_same(depth, image[..., 0] / 255)  # the network's own size: nothing is resized
 

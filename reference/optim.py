@@ -219,7 +219,7 @@ def min_norm_point(gram: np.ndarray) -> np.ndarray:
             if not (weights[face] > 0).all():  # outside this face, on a smaller one, or NaN
                 continue
             products = gram @ weights
-            violation = weights @ products - products.min()
+            violation = float(weights @ products - np.min(products))
             if violation < smallest:
                 best, smallest = weights, violation
     return best

@@ -58,7 +58,7 @@ def worth_showing(depth: np.ndarray, label: np.ndarray) -> bool:
         return False
     near, far = np.percentile(valid, (5, 95))
     shares = np.bincount(label.ravel(), minlength=len(CLASSES)) / label.size
-    return bool(far > 2 * near and shares.max() < 0.8 and np.sum(shares > 0.01) >= 3)
+    return bool(far > 2 * near and np.max(shares) < 0.8 and np.sum(shares > 0.01) >= 3)
 
 
 def render_scene(seed: int, index: int, size: int = 128) -> Scene:

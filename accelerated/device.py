@@ -18,7 +18,6 @@ class Device(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # float32: no autocast
     words: str
-    workers: int = 1  # Python threads among which a training batch is best divided
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which the model runs; float32 is left alone."""
@@ -35,13 +34,12 @@ def choose_device(threads: int = 0) -> Device:
     if torch.cuda.is_available():
         device = torch.device("cuda")
         return Device(device, torch.bfloat16, f"{torch.cuda.get_device_name(device)}, bfloat16 autocast")
-    cpu, workers = torch.device("cpu"), torch.get_num_threads()
-    words = f"CPU, {workers} threads"
+    cpu, words = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads"
     if torch.cpu._is_amx_tile_supported():
-        return Device(cpu, torch.bfloat16, f"{words}, bfloat16 autocast (AMX)", workers)
+        return Device(cpu, torch.bfloat16, f"{words}, bfloat16 autocast (AMX)")
     if torch.cpu._is_avx512_bf16_supported():
-        return Device(cpu, torch.bfloat16, f"{words}, bfloat16 autocast (AVX512-BF16)", workers)
-    return Device(cpu, torch.float32, f"{words}, float32", workers)
+        return Device(cpu, torch.bfloat16, f"{words}, bfloat16 autocast (AVX512-BF16)")
+    return Device(cpu, torch.float32, f"{words}, float32")
 
 
 def keep_freed_memory() -> None:

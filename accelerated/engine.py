@@ -12,9 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +24,7 @@ from accelerated.comparison import compare
 from accelerated.data.scenes import HELD_OUT_SEED, TRAIN_SEED, load_scenes
 from accelerated.device import Device, choose_device, keep_freed_memory
 from accelerated.dpt import DPT
+from accelerated.optim import parameter_groups
 from accelerated.panels import learning_curve
 from accelerated.progress import TrainingProgress
 from accelerated.recipe import Recipe, RecipeError
@@ -35,7 +34,6 @@ from accelerated.tasks import TASKS, Task
 PANELS = 6  # held-out scenes drawn: the first ones
 REPORTS = 200  # rows of metrics.csv, about
 CHUNK = 32  # images predicted at once
-WORTH = 16  # images for which a worker of its own pays
 
 
 class Scenes(NamedTuple):
@@ -96,13 +94,17 @@ def optimize(run: Run, model: DPT, training: Scenes, validation: Scenes) -> tupl
     generator = torch.Generator().manual_seed(recipe.seed)
     losses: list[float] = []
     started = last = time.monotonic()
-    with Log(run.folder) as log, TrainingProgress(recipe.steps, task.metric) as progress, Workers(run, model) as workers:
+    with Log(run.folder) as log, TrainingProgress(recipe.steps, task.metric) as progress:
         for step, indices in enumerate(batches(len(training.image), recipe, generator), start=1):
             crop = crop_at(step - 1, recipe)
             image, target = augmented(training, indices, crop, model, recipe, generator)
+            with run.device.autocast():
+                output = model(image)
+            loss = task.loss(output, target, (step - 1) / recipe.steps)
             optimizer.zero_grad()
-            losses.append(workers.backward(image, target, (step - 1) / recipe.steps))
+            loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+            losses.append(loss.item())
             if not math.isfinite(losses[-1]) or not math.isfinite(norm.item()):
                 run.folder.save_weights(average)
                 raise RunError(
@@ -127,53 +129,6 @@ def optimize(run: Run, model: DPT, training: Scenes, validation: Scenes) -> tupl
                 progress.update(step, mean_loss, score, images_per_second)
                 losses, last = [], time.monotonic()
     return average, log.rows
-
-
-class Workers:
-    """Divides a batch among Python threads, each of which computes its part on one CPU thread. A context manager.
-
-    A small model's operations are too short to be divided themselves: where each part has WORTH images, parts side by side are
-    quicker. A model with dropout, whose masks would come in no fixed order, or batch norm, whose statistics are those of
-    the whole batch, is not divided; nor is a batch on a GPU.
-    """
-
-    def __init__(self, run: Run, model: DPT) -> None:
-        self.run, self.model, self.parameters = run, model, list(model.parameters())
-        whole = any(isinstance(module, nn.Dropout | nn.BatchNorm2d) and getattr(module, "p", 1) for module in model.modules())
-        self.count = 1 if whole else max(1, min(run.device.workers, run.recipe.batch_size // WORTH))
-        self.pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.pool.shutdown()
-
-    def loss(self, image: Tensor, target: Tensor, progress: float) -> Tensor:
-        """The task's loss of one part of a batch, image (B, 3, H, W) and target (B, H, W)."""
-        with self.run.device.autocast():
-            output = self.model(image)
-        return self.run.task.loss(output, target, progress)
-
-    def backward(self, image: Tensor, target: Tensor, progress: float) -> float:
-        """Leave the gradient of a batch's loss in the parameters' `grad`, which must be None, and return the loss."""
-        if self.count == 1:
-            loss = self.loss(image, target, progress)
-            loss.backward()
-            return loss.item()
-
-        def part(image: Tensor, target: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            loss = self.loss(image, target, progress) * (len(image) / batch)
-            return loss.detach(), torch.autograd.grad(loss, self.parameters)
-
-        batch = len(image)
-        parts = list(self.pool.map(part, image.tensor_split(self.count), target.tensor_split(self.count)))
-        total = parts[0][1]
-        for _, gradients in parts[1:]:
-            total = torch._foreach_add(total, gradients)
-        for parameter, gradient in zip(self.parameters, total, strict=True):
-            parameter.grad = gradient
-        return sum(loss.item() for loss, _ in parts)
 
 
 def build_model(run: Run) -> DPT:
@@ -214,10 +169,7 @@ def load_splits(run: Run, cache: Path) -> tuple[Scenes, Scenes, Scenes]:
 
 def make_optimizer(model: DPT, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with the recipe's two learning rates."""
-    groups = [
-        {"params": list(model.backbone_parameters()), "lr": recipe.backbone_learning_rate},
-        {"params": list(model.decoder_parameters()), "lr": recipe.decoder_learning_rate},
-    ]
+    groups = parameter_groups(model, recipe.backbone_learning_rate, recipe.decoder_learning_rate)
     return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
 
 

@@ -29,6 +29,8 @@ class Segmentation(NamedTuple):
 class DepthHead(nn.Module):
     """Inverse depth, non-negative, up to scale and shift: (B, D^, H/2, W/2) to (B, H, W)."""
 
+    align_corners = True  # how the upsampling counts pixels
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         width, (first, second) = config["fusion_width"], config["head_widths"]
@@ -40,7 +42,7 @@ class DepthHead(nn.Module):
         nn.init.constant_(self.conv3.bias, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = upsample(self.conv1(x))
+        x = F.interpolate(self.conv1(x), scale_factor=2, mode="bilinear", align_corners=self.align_corners)
         return F.relu(self.conv3(F.relu(self.conv2(x)))).squeeze(1)
 
 

@@ -139,9 +139,7 @@ class ReduceMap(nn.Module):
 class MiDaSHead(DepthHead):
     """DPT's depth head, but for the corners of its upsampling, which are not aligned: (B, D^, H/2, W/2) to (B, H, W)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(self.conv1(x), scale_factor=2, mode="bilinear", align_corners=False)
-        return F.relu(self.conv3(F.relu(self.conv2(x)))).squeeze(1)
+    align_corners = False
 
 
 class MiDaS(DPT):
@@ -153,6 +151,7 @@ class MiDaS(DPT):
     """
 
     def assemble(self, config: Config) -> None:
+        """Make the modules: the encoder, its maps' reductions, the fusion blocks, the head."""
         self.patch_size = SIDE  # under DPT's name, which training asks for what an image's sides must be multiples of
         widths = config["fusion_widths"]
         encoder = ResNetEncoder if config["encoder"] == "resnet" else EfficientNetEncoder

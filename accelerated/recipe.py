@@ -157,7 +157,7 @@ class CommandLine(Recipe, BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # Not the environment: a variable that happens to be called SEED must not change a run.
+        """The command line, then the recipe's file; not the environment: a variable called SEED must not change a run."""
         return init_settings, _RecipeFile(settings_cls)
 
     def to_recipe(self) -> Recipe:

@@ -14,7 +14,8 @@ import numpy as np
 from . import nn
 from .configs import Config
 from .parameters import Grads, Params, merge, take
-from .resnext import Block, Layer, Norms, conv_norm, run_stages
+from .resnet import Block, Layer, run_stages
+from .resnext import Norms, conv_norm
 
 
 def conv_norm_relu6(params: Params, conv: str, norm: str, x: np.ndarray, norms: Norms, stride: int = 1, groups: int = 1) -> Layer:

@@ -21,11 +21,11 @@ Statistics = dict[str, np.ndarray]
 
 
 def batch_norm(
-    params: Params, prefix: str, x: np.ndarray, training: bool, statistics: Statistics | None
+    params: Params, prefix: str, x: np.ndarray, training: bool, statistics: Statistics | None, eps: float = 1e-5
 ) -> tuple[np.ndarray, Callable]:
     """`nn.batch_norm` with parameters `{prefix}.{weight,bias,running_mean,running_var}`; `vjp(dy) -> (dx, grads)`."""
     names = [f"{prefix}.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
-    output, norm_vjp = nn.batch_norm(x, *(take(params, name) for name in names), training=training)
+    output, norm_vjp = nn.batch_norm(x, *(take(params, name) for name in names), training=training, eps=eps)
     if training and statistics is not None:
         statistics[names[2]], statistics[names[3]] = output.running_mean, output.running_var
 

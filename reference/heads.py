@@ -18,10 +18,13 @@ from .fusion import Statistics, batch_norm
 from .parameters import Grads, Params, merge
 
 
-def depth_head(params: Params, prefix: str, x: np.ndarray) -> tuple[np.ndarray, Callable]:
-    """Inverse depth (B, 2h, 2w), up to scale and shift, from a map (B, D^, h, w); `vjp(ddepth) -> (dx, grads)`."""
+def depth_head(params: Params, prefix: str, x: np.ndarray, align_corners: bool = True) -> tuple[np.ndarray, Callable]:
+    """Inverse depth (B, 2h, 2w), up to scale and shift, from a map (B, D^, h, w); `vjp(ddepth) -> (dx, grads)`.
+
+    `align_corners` is how the upsampling counts pixels: True in DPT, False in MiDaS.
+    """
     reduced, conv1_vjp = layers.conv2d(params, f"{prefix}.conv1", x, padding=1)
-    upsampled, resize_vjp = nn.resize_bilinear(reduced, (2 * x.shape[2], 2 * x.shape[3]), align_corners=True)
+    upsampled, resize_vjp = nn.resize_bilinear(reduced, (2 * x.shape[2], 2 * x.shape[3]), align_corners=align_corners)
     convolved, conv2_vjp = layers.conv2d(params, f"{prefix}.conv2", upsampled, padding=1)
     active, relu1_vjp = nn.relu(convolved)
     scalar, conv3_vjp = layers.conv2d(params, f"{prefix}.conv3", active)

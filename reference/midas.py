@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from . import layers, nn
+from . import nn
 from .configs import Config
 from .efficientnet import efficientnet
 from .fusion import Statistics, deepest_fusion, fusion, residual_conv_unit
+from .heads import depth_head
 from .parameters import Grads, Observe, Params, merge
 from .reassemble import to_fusion_width
 from .resnext import Norms, resnext
@@ -132,27 +133,6 @@ def decode(
     return x, vjp
 
 
-def head(params: Params, prefix: str, x: np.ndarray) -> tuple[np.ndarray, Callable]:
-    """Inverse depth (B, 2h, 2w) from a map (B, D^, h, w): DPT's depth head, but for the corners, which are not aligned.
-
-    `vjp(ddepth) -> (dx, grads)`.
-    """
-    reduced, conv1_vjp = layers.conv2d(params, f"{prefix}.conv1", x, padding=1)
-    upsampled, resize_vjp = nn.resize_bilinear(reduced, (2 * x.shape[2], 2 * x.shape[3]), align_corners=False)
-    convolved, conv2_vjp = layers.conv2d(params, f"{prefix}.conv2", upsampled, padding=1)
-    active, relu1_vjp = nn.relu(convolved)
-    scalar, conv3_vjp = layers.conv2d(params, f"{prefix}.conv3", active)
-    depth, relu2_vjp = nn.relu(scalar)
-
-    def vjp(ddepth: np.ndarray) -> tuple[np.ndarray, Grads]:
-        dactive, grads3 = conv3_vjp(relu2_vjp(ddepth[:, None]))
-        dupsampled, grads2 = conv2_vjp(relu1_vjp(dactive))
-        dx, grads1 = conv1_vjp(resize_vjp(dupsampled))
-        return dx, merge(grads1, grads2, grads3)
-
-    return depth[:, 0], vjp
-
-
 def midas(
     params: Params,
     image: np.ndarray,
@@ -173,7 +153,7 @@ def midas(
         for k, x in enumerate(maps):
             observe(f"tap.{k}", x)
     fused, decode_vjp = decode(params, maps, config, observe)
-    depth, head_vjp = head(params, "head", fused)
+    depth, head_vjp = depth_head(params, "head", fused, align_corners=False)
 
     def vjp(ddepth: np.ndarray) -> tuple[np.ndarray, Grads]:
         dfused, head_grads = head_vjp(ddepth)

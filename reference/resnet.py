@@ -15,6 +15,9 @@ import numpy as np
 from . import layers, nn
 from .parameters import Grads, Observe, Params, merge, take
 
+Layer = tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, Grads]]]
+Block = Callable[[np.ndarray], Layer]
+
 STANDARDIZATIONS = {"variance": "standardize_weight_variance", "deviation": "standardize_weight_deviation"}
 """Today's timm divides by sqrt(var + 1e-8), the timm of the authors' training by std + 1e-5."""
 
@@ -55,40 +58,43 @@ def conv_norm(
     return y, vjp
 
 
-def bottleneck(
-    params: Params, prefix: str, x: np.ndarray, stride: int, groups: int, standardization: str
-) -> tuple[np.ndarray, Callable]:
-    """ReLU(shortcut(x) + residual(x)); `vjp(dy) -> (dx, grads)`.
+def join(x: np.ndarray, conv1: Block, conv2: Block, conv3: Block, shortcut: Block | None) -> Layer:
+    """ReLU(shortcut(x) + conv3(ReLU(conv2(ReLU(conv1(x)))))), the shape of every bottleneck; `vjp(dy) -> (dx, grads)`.
 
-    Residual: 1x1, 3x3 (it carries the stride), 1x1, each normalised, ReLU between. Shortcut: x itself, or a strided 1x1
-    convolution and norm where `{prefix}.downsample` exists (the first block of a stage).
+    Each step is a convolution and its norm. The shortcut is x itself where it is None.
     """
-
-    def convolve(name: str, x: np.ndarray, stride: int) -> tuple[np.ndarray, Callable]:
-        return conv_norm(params, f"{prefix}.conv{name}", f"{prefix}.norm{name}", x, stride, groups, standardization)
-
-    normed1, conv1_vjp = convolve("1", x, 1)
+    normed1, conv1_vjp = conv1(x)
     active1, relu1_vjp = nn.relu(normed1)
-    normed2, conv2_vjp = convolve("2", active1, stride)
+    normed2, conv2_vjp = conv2(active1)
     active2, relu2_vjp = nn.relu(normed2)
-    residual, conv3_vjp = convolve("3", active2, 1)
-    shortcut, shortcut_vjp = x, None
-    if f"{prefix}.downsample.conv.weight" in params:
-        names = f"{prefix}.downsample.conv", f"{prefix}.downsample.norm"
-        shortcut, shortcut_vjp = conv_norm(params, *names, x, stride, groups, standardization)
-    y, relu_vjp = nn.relu(residual + shortcut)
+    residual, conv3_vjp = conv3(active2)
+    beside, shortcut_vjp = (x, lambda dy: (dy, {})) if shortcut is None else shortcut(x)
+    y, relu_vjp = nn.relu(residual + beside)
 
     def vjp(dy: np.ndarray) -> tuple[np.ndarray, Grads]:
         dsum = relu_vjp(dy)
         dactive2, grads3 = conv3_vjp(dsum)
         dactive1, grads2 = conv2_vjp(relu2_vjp(dactive2))
         dx, grads1 = conv1_vjp(relu1_vjp(dactive1))
-        if shortcut_vjp is None:
-            return dx + dsum, merge(grads1, grads2, grads3)
-        dshortcut, shortcut_grads = shortcut_vjp(dsum)
-        return dx + dshortcut, merge(grads1, grads2, grads3, shortcut_grads)
+        dbeside, shortcut_grads = shortcut_vjp(dsum)
+        return dx + dbeside, merge(grads1, grads2, grads3, shortcut_grads)
 
     return y, vjp
+
+
+def bottleneck(params: Params, prefix: str, x: np.ndarray, stride: int, groups: int, standardization: str) -> Layer:
+    """ReLU(shortcut(x) + residual(x)); `vjp(dy) -> (dx, grads)`.
+
+    Residual: 1x1, 3x3 (it carries the stride), 1x1, each normalised, ReLU between. Shortcut: x itself, or a strided 1x1
+    convolution and norm where `{prefix}.downsample` exists (the first block of a stage).
+    """
+
+    def convolve(conv: str, norm: str, stride: int = 1) -> Block:
+        return lambda x: conv_norm(params, f"{prefix}.{conv}", f"{prefix}.{norm}", x, stride, groups, standardization)
+
+    projects = f"{prefix}.downsample.conv.weight" in params
+    shortcut = convolve("downsample.conv", "downsample.norm", stride) if projects else None
+    return join(x, convolve("conv1", "norm1"), convolve("conv2", "norm2", stride), convolve("conv3", "norm3"), shortcut)
 
 
 def stem(params: Params, prefix: str, image: np.ndarray, groups: int, standardization: str) -> tuple[np.ndarray, Callable]:
@@ -101,6 +107,34 @@ def stem(params: Params, prefix: str, image: np.ndarray, groups: int, standardiz
         return conv_vjp(relu_vjp(pool_vjp(dy)))
 
     return y, vjp
+
+
+def run_stages(x: np.ndarray, stages: Sequence[Sequence[Block]]) -> tuple[list[np.ndarray], Callable]:
+    """Run blocks one after the other and return the output of every stage; `vjp([dstage, ...]) -> (dx, grads)`.
+
+    None stands for a zero gradient.
+    """
+    outputs: list[np.ndarray] = []
+    vjps: list[list[Callable]] = []
+    for blocks in stages:
+        vjps.append([])
+        for block in blocks:
+            x, block_vjp = block(x)
+            vjps[-1].append(block_vjp)
+        outputs.append(x)
+
+    def vjp(doutputs: Sequence[np.ndarray | None]) -> tuple[np.ndarray, Grads]:
+        if len(doutputs) != len(outputs):
+            raise ValueError(f"{len(doutputs)} gradients for {len(outputs)} stages")
+        dx, grads = np.zeros_like(outputs[-1]), []
+        for doutput, block_vjps in zip(reversed(doutputs), reversed(vjps), strict=True):
+            dx = dx if doutput is None else dx + doutput
+            for block_vjp in reversed(block_vjps):
+                dx, block_grads = block_vjp(dx)
+                grads.append(block_grads)
+        return dx, merge(*grads)
+
+    return outputs, vjp
 
 
 def resnet(
@@ -117,30 +151,20 @@ def resnet(
     image: (B, 3, H, W). `layers` counts the bottlenecks of each stage; every stage but the first halves the size. None stands for
     a zero gradient. `observe` is given "resnet.R0", "resnet.R1", ...
     """
+
+    def block(stage: int, i: int) -> Block:
+        stride = 2 if stage > 0 and i == 0 else 1
+        return lambda x: bottleneck(params, f"{prefix}.stages.{stage}.blocks.{i}", x, stride, groups, standardization)
+
     x, stem_vjp = stem(params, f"{prefix}.stem", image, groups, standardization)
-    outputs: list[np.ndarray] = []
-    stages: list[list[Callable]] = []
-    for stage, blocks in enumerate(layers):
-        vjps = []
-        for i in range(blocks):
-            stride = 2 if stage > 0 and i == 0 else 1
-            x, block_vjp = bottleneck(params, f"{prefix}.stages.{stage}.blocks.{i}", x, stride, groups, standardization)
-            vjps.append(block_vjp)
-        outputs.append(x)
-        stages.append(vjps)
-        if observe is not None:
-            observe(f"resnet.R{stage}", x)
+    outputs, stages_vjp = run_stages(x, [[block(stage, i) for i in range(blocks)] for stage, blocks in enumerate(layers)])
+    if observe is not None:
+        for stage, output in enumerate(outputs):
+            observe(f"resnet.R{stage}", output)
 
     def vjp(doutputs: Sequence[np.ndarray | None]) -> tuple[np.ndarray, Grads]:
-        if len(doutputs) != len(outputs):
-            raise ValueError(f"{len(doutputs)} gradients for {len(outputs)} stages")
-        dx, grads = np.zeros_like(outputs[-1]), []
-        for doutput, vjps in zip(reversed(doutputs), reversed(stages), strict=True):
-            dx = dx if doutput is None else dx + doutput
-            for block_vjp in reversed(vjps):
-                dx, block_grads = block_vjp(dx)
-                grads.append(block_grads)
+        dx, grads = stages_vjp(doutputs)
         dimage, stem_grads = stem_vjp(dx)
-        return dimage, merge(stem_grads, *grads)
+        return dimage, merge(grads, stem_grads)
 
     return outputs, vjp

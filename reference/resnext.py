@@ -14,12 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from . import nn
-from .fusion import Statistics
+from .fusion import Statistics, batch_norm
 from .nn.checks import Padding
 from .parameters import Grads, Params, merge, take
-
-Layer = tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, Grads]]]
-Block = Callable[[np.ndarray], Layer]
+from .resnet import Block, Layer, join, run_stages
 
 
 class Norms(NamedTuple):
@@ -41,20 +39,15 @@ def conv_norm(
     groups: int = 1,
 ) -> Layer:
     """A convolution without bias, then batch norm: (B, C, H, W) to (B, O, h, w); `vjp(dy) -> (dx, grads)`."""
-    weight = take(params, f"{conv}.weight")
-    convolved, conv_vjp = _convolve(x, weight, stride, padding, groups)
-    names = [f"{norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
-    arrays = [take(params, name) for name in names]
-    output, norm_vjp = nn.batch_norm(convolved, *arrays, training=norms.training, eps=norms.eps)
-    if norms.training and norms.statistics is not None:
-        norms.statistics[names[2]], norms.statistics[names[3]] = output.running_mean, output.running_var
+    convolved, conv_vjp = _convolve(x, take(params, f"{conv}.weight"), stride, padding, groups)
+    y, norm_vjp = batch_norm(params, norm, convolved, norms.training, norms.statistics, norms.eps)
 
     def vjp(dy: np.ndarray) -> tuple[np.ndarray, Grads]:
-        dconvolved, dscale, dshift = norm_vjp(nn.BatchNorm(dy, None, None))
+        dconvolved, norm_grads = norm_vjp(dy)
         dx, dweight, *_ = conv_vjp(dconvolved)
-        return dx, {f"{conv}.weight": dweight, names[0]: dscale, names[1]: dshift}
+        return dx, merge({f"{conv}.weight": dweight}, norm_grads)
 
-    return output.y, vjp
+    return y, vjp
 
 
 def _convolve(x: np.ndarray, weight: np.ndarray, stride: int, padding: Padding, groups: int) -> tuple[np.ndarray, Callable]:
@@ -70,30 +63,14 @@ def bottleneck(params: Params, prefix: str, x: np.ndarray, stride: int, cardinal
     and norm where `{prefix}.downsample` exists (the first block of a stage).
     """
 
-    def convolve(i: int, x: np.ndarray, stride: int = 1, padding: int = 0, groups: int = 1) -> Layer:
-        return conv_norm(params, f"{prefix}.conv{i}", f"{prefix}.bn{i}", x, norms, stride, padding, groups)
+    def convolve(i: int, stride: int = 1, padding: int = 0, groups: int = 1) -> Block:
+        return lambda x: conv_norm(params, f"{prefix}.conv{i}", f"{prefix}.bn{i}", x, norms, stride, padding, groups)
 
-    normed1, conv1_vjp = convolve(1, x)
-    active1, relu1_vjp = nn.relu(normed1)
-    normed2, conv2_vjp = convolve(2, active1, stride, 1, cardinality)
-    active2, relu2_vjp = nn.relu(normed2)
-    residual, conv3_vjp = convolve(3, active2)
-    shortcut, shortcut_vjp = x, None
-    if f"{prefix}.downsample.0.weight" in params:
-        shortcut, shortcut_vjp = conv_norm(params, f"{prefix}.downsample.0", f"{prefix}.downsample.1", x, norms, stride)
-    y, relu_vjp = nn.relu(residual + shortcut)
+    def project(x: np.ndarray) -> Layer:
+        return conv_norm(params, f"{prefix}.downsample.0", f"{prefix}.downsample.1", x, norms, stride)
 
-    def vjp(dy: np.ndarray) -> tuple[np.ndarray, Grads]:
-        dsum = relu_vjp(dy)
-        dactive2, grads3 = conv3_vjp(dsum)
-        dactive1, grads2 = conv2_vjp(relu2_vjp(dactive2))
-        dx, grads1 = conv1_vjp(relu1_vjp(dactive1))
-        if shortcut_vjp is None:
-            return dx + dsum, merge(grads1, grads2, grads3)
-        dshortcut, shortcut_grads = shortcut_vjp(dsum)
-        return dx + dshortcut, merge(grads1, grads2, grads3, shortcut_grads)
-
-    return y, vjp
+    shortcut = project if f"{prefix}.downsample.0.weight" in params else None
+    return join(x, convolve(1), convolve(2, stride, 1, cardinality), convolve(3), shortcut)
 
 
 def stem(params: Params, prefix: str, image: np.ndarray, norms: Norms) -> Layer:
@@ -106,32 +83,6 @@ def stem(params: Params, prefix: str, image: np.ndarray, norms: Norms) -> Layer:
         return conv_vjp(relu_vjp(pool_vjp(dy)))
 
     return y, vjp
-
-
-def run_stages(x: np.ndarray, stages: Sequence[Sequence[Block]]) -> tuple[list[np.ndarray], Callable]:
-    """Run blocks one after the other and return the output of every stage; `vjp([dstage, ...]) -> (dx, grads)`.
-
-    None stands for a zero gradient.
-    """
-    outputs: list[np.ndarray] = []
-    vjps: list[list[Callable]] = []
-    for blocks in stages:
-        vjps.append([])
-        for block in blocks:
-            x, block_vjp = block(x)
-            vjps[-1].append(block_vjp)
-        outputs.append(x)
-
-    def vjp(doutputs: Sequence[np.ndarray | None]) -> tuple[np.ndarray, Grads]:
-        dx, grads = np.zeros_like(outputs[-1]), []
-        for doutput, block_vjps in zip(reversed(doutputs), reversed(vjps), strict=True):
-            dx = dx if doutput is None else dx + doutput
-            for block_vjp in reversed(block_vjps):
-                dx, block_grads = block_vjp(dx)
-                grads.append(block_grads)
-        return dx, merge(*grads)
-
-    return outputs, vjp
 
 
 def resnext(

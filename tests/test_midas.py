@@ -1,4 +1,4 @@
-"""MiDaS, the convolutional baseline: both forms, and both against restatements that share nothing with either."""
+"""MiDaS, the convolutional baseline: both forms equal, one table, one weight file, the same words for what is wrong."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,52 +19,11 @@ from accelerated.dpt import from_config
 from accelerated.midas import MiDaS, RectifiedFusion
 from accelerated.predict import predict
 from accelerated.preprocess import network_shape, preprocess
-from reference.efficientnet import efficientnet
-from reference.midas import encode, rectified_conv_unit, rectified_fusion
-from reference.resnext import Norms, resnext
+from reference.midas import encode, rectified_fusion
 from tests.equality import MODEL, assert_same, assert_same_dict
-from tests.models import assert_same_operation, model_parameters, random_parameters, torch_vjp
+from tests.midas import NAMES, assert_same_gradients, small
+from tests.models import assert_same_operation, model_parameters, torch_vjp
 from tests.noise import FACTOR, floor, relative
-
-NAMES = sorted(reference.configs.MIDAS)
-RESNETS = ("midas_resnet50", "midas_v21")
-
-
-def small(name: str, **changes) -> dict:
-    """The configuration `name` at reduced depth and width."""
-    config = reference.configuration(name) | {"head_widths": [5, 4]}
-    if config["encoder"] == "resnet":
-        config |= {"resnet_layers": [1, 2, 1, 1], "resnet_widths": [16, 24, 32, 40], "fusion_widths": [6] * 4}
-        config |= {"resnet_cardinality": 4, "resnet_base_width": 32} if config["resnet_cardinality"] > 1 else {}
-    else:
-        config |= {
-            "efficientnet_stem_width": 8,
-            "efficientnet_layers": [1, 2, 1, 1, 2, 1, 1],
-            "efficientnet_widths": [8, 16, 8, 16, 8, 16, 24],
-            "efficientnet_expansions": [1, 2, 3, 2, 2, 2, 2],
-            "fusion_widths": [4, 6, 8, 10],
-        }
-    return config | changes
-
-
-def assert_same_gradients(actual, expected, config, training):
-    """Compare gradients by key.
-
-    In training, the shift of a linear bottleneck's norm has the gradient zero where all that follows is a 1x1 convolution whose
-    batch norm takes it away again: in the stages that are not tapped. There the scale is the gradient of the same norm's weight.
-    """
-    cancelling = set()
-    if training and config["encoder"] == "efficientnet":
-        for stage in set(range(7)) - set(config["efficientnet_taps"]):
-            last = "bn2" if config["efficientnet_expansions"][stage] == 1 else "bn3"
-            blocks = range(config["efficientnet_layers"][stage])
-            cancelling |= {f"backbone.blocks.{stage}.{i}.{last}" for i in blocks}
-    biases = {f"{norm}.bias" for norm in cancelling}
-    assert_same_dict(*({k: g for k, g in grads.items() if k not in biases} for grads in (actual, expected)), MODEL)
-    for norm in cancelling:
-        scale = float(np.abs(expected[f"{norm}.weight"]).max())
-        assert_same(actual[f"{norm}.bias"], np.zeros_like(expected[f"{norm}.bias"]), MODEL, scale, what=f"{norm}.bias")
-    assert actual.keys() == expected.keys()
 
 
 def run_both(config, seed, image, training):
@@ -157,98 +113,6 @@ def test_float32_stays_within_four_times_the_noise_floor(name):
     assert relative(theirs, exact) <= allowed
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group("large")) for name in NAMES])
-def test_a_full_size_model_in_both_forms(name):
-    config = reference.configuration(name)
-    params = random_parameters(reference.parameter_shapes(config), np.random.default_rng(7))
-    image = np.random.default_rng(8).standard_normal((1, 3, 64, 96))
-    depth, _ = reference.apply(params, image, config)
-    with torch.device("meta"):
-        model = from_config(config).eval()
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in params.items()}, assign=True)
-    with torch.inference_mode():
-        expected = model(torch.from_numpy(image)).numpy()
-        restated = whole_restated(name, params, image)
-    assert depth.std() > 0
-    assert_same(depth, expected, MODEL)
-    assert_same(depth, restated, MODEL)
-
-
-# Witnesses: the published description in plain torch, around encoders of torchvision and of timm
-
-
-def in_place_unit(params, prefix, x):
-    """The residual unit of v2.1 as published: its first ReLU overwrites x, which is then added."""
-    x = x.clone()
-    y = F.conv2d(F.relu_(x), params[f"{prefix}.conv1.weight"], params[f"{prefix}.conv1.bias"], padding=1)
-    y = F.conv2d(F.relu_(y), params[f"{prefix}.conv2.weight"], params[f"{prefix}.conv2.bias"], padding=1)
-    return y + x
-
-
-def plain_unit(params, prefix, x):
-    y = F.conv2d(x.relu(), params[f"{prefix}.conv1.weight"], params[f"{prefix}.conv1.bias"], padding=1)
-    y = F.conv2d(y.relu(), params[f"{prefix}.conv2.weight"], params[f"{prefix}.conv2.bias"], padding=1)
-    return y + x
-
-
-def decoder_restated(params, maps, unit, projects):
-    """The decoder, for maps whose sizes halve exactly."""
-    x = 0
-    for k in (3, 2, 1, 0):
-        skip = F.conv2d(maps[k], params[f"reassemble.{k}.out.weight"], padding=1)
-        x = skip if k == 3 else x + unit(params, f"fusion.{k}.rcu1", skip)
-        x = F.interpolate(unit(params, f"fusion.{k}.rcu2", x), scale_factor=2, mode="bilinear", align_corners=True)
-        if projects:
-            x = F.conv2d(x, params[f"fusion.{k}.project.weight"], params[f"fusion.{k}.project.bias"])
-    x = F.conv2d(x, params["head.conv1.weight"], params["head.conv1.bias"], padding=1)
-    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-    x = F.conv2d(x, params["head.conv2.weight"], params["head.conv2.bias"], padding=1).relu()
-    return F.conv2d(x, params["head.conv3.weight"], params["head.conv3.bias"]).relu()[:, 0]
-
-
-def torchvision_maps(network, image):
-    x, maps = network.maxpool(network.relu(network.bn1(network.conv1(image)))), []
-    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
-        x = stage(x)
-        maps.append(x)
-    return maps
-
-
-def whole_restated(name, params, image):
-    tensors = {key: torch.from_numpy(value) for key, value in params.items()}
-    backbone = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
-    with torch.device("meta"):
-        if name in RESNETS:
-            build = {"midas_v21": torchvision.models.resnext101_32x8d, "midas_resnet50": torchvision.models.resnet50}[name]
-            network = build(weights=None)
-        else:
-            network = timm.create_model("tf_efficientnet_lite3", features_only=True, out_indices=(1, 2, 3, 4))
-    missing, unexpected = network.load_state_dict(backbone, strict=False, assign=True)
-    assert not unexpected
-    assert all(key.startswith("fc.") or key.endswith("num_batches_tracked") for key in missing)
-    network.eval()
-    x = torch.from_numpy(image)
-    maps = torchvision_maps(network, x) if name in RESNETS else network(x)
-    return decoder_restated(tensors, maps, in_place_unit if name in RESNETS else plain_unit, projects=name not in RESNETS).numpy()
-
-
-@given(batch=st.integers(1, 2), size=st.tuples(st.integers(1, 6), st.integers(1, 6)), seed=st.integers(0, 99))
-def test_the_rectified_unit_is_the_published_one_that_works_in_place(batch, size, seed):
-    rng = np.random.default_rng(seed)
-    shapes = {"u.conv1.weight": (5, 5, 3, 3), "u.conv1.bias": (5,), "u.conv2.weight": (5, 5, 3, 3), "u.conv2.bias": (5,)}
-    params = random_parameters(shapes, rng)
-    x, dy = rng.standard_normal((2, batch, 5, *size))
-    y, vjp = rectified_conv_unit(params, "u", x)
-    tensors = {key: torch.tensor(value, requires_grad=True) for key, value in params.items()}
-    leaf = torch.tensor(x, requires_grad=True)
-    expected = in_place_unit(tensors, "u", leaf)
-    expected.backward(torch.tensor(dy))
-    dx, grads = vjp(dy)
-    assert_same(y, expected.detach().numpy())
-    assert_same(dx, leaf.grad.numpy())
-    assert_same_dict(grads, {key: tensor.grad.numpy() for key, tensor in tensors.items()})
-
-
 @given(batch=st.integers(1, 2), size=st.tuples(st.integers(1, 4), st.integers(1, 4)), seed=st.integers(0, 99))
 def test_a_rectified_block_in_both_forms_at_any_size(batch, size, seed):
     rng = np.random.default_rng(seed)
@@ -258,79 +122,6 @@ def test_a_rectified_block_in_both_forms_at_any_size(batch, size, seed):
     operation = rectified_fusion(params, "fusion.1", previous, skip, out)
     module = RectifiedFusion(6)
     assert_same_operation(operation, module, params, "fusion.1", [previous, skip], rng, call=lambda f, p, s: f(p, out, s))
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_the_resnext_is_torchvisions_in_values_gradients_and_statistics(training):
-    layers, groups = [2, 1, 1, 1], 8
-    network = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, layers, groups=groups, width_per_group=4)
-    network = network.double().train(training)
-    del network.fc
-    shapes = {f"b.{k}": tuple(v.shape) for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    params, rng = random_parameters(shapes, np.random.default_rng(2)), np.random.default_rng(5)
-    network.load_state_dict({k.removeprefix("b."): torch.tensor(v) for k, v in params.items()}, strict=False)
-    image, statistics = rng.standard_normal((2, 3, 49, 66)), {}
-    outputs, vjp = resnext(params, "b", image, layers, groups, Norms(1e-5, training, statistics))
-    leaf = torch.tensor(image, requires_grad=True)
-    expected = torchvision_maps(network, leaf)
-    for y, want in zip(outputs, expected, strict=True):
-        assert_same(y, want.detach().numpy(), MODEL)
-    dys = [rng.standard_normal(y.shape) for y in outputs]
-    torch.autograd.backward(expected, [torch.tensor(dy) for dy in dys])
-    dimage, grads = vjp(dys)
-    assert_same(dimage, leaf.grad.numpy(), MODEL)
-    assert_same_dict(grads, {f"b.{k}": p.grad.numpy() for k, p in network.named_parameters()}, MODEL)
-    running = {f"b.{k}": v.numpy() for k, v in network.state_dict().items() if "running" in k}
-    assert_same_dict(statistics, running if training else {}, MODEL)
-
-
-def test_the_efficientnet_is_timms_in_values_gradients_and_statistics():
-    config = reference.configuration("midas_v21_small")
-    params = {k: v for k, v in model_parameters(config, 4).items() if k.startswith("backbone.")}
-    rng, statistics = np.random.default_rng(6), {}
-    network = timm.create_model("tf_efficientnet_lite3", features_only=True, out_indices=(1, 2, 3, 4)).double().train()
-    network.load_state_dict({k.removeprefix("backbone."): torch.tensor(v) for k, v in params.items()}, strict=False)
-    image = rng.standard_normal((2, 3, 101, 66))
-    outputs, vjp = efficientnet(params, "backbone", image, config, Norms(1e-3, True, statistics))
-    leaf = torch.tensor(image, requires_grad=True)
-    expected = network(leaf)
-    for y, want in zip(outputs, expected, strict=True):
-        assert_same(y, want.detach().numpy(), MODEL)
-    dys = [rng.standard_normal(y.shape) for y in outputs]
-    torch.autograd.backward(expected, [torch.tensor(dy) for dy in dys])
-    dimage, grads = vjp(dys)
-    assert_same(dimage, leaf.grad.numpy(), MODEL)
-    expected_grads = {f"backbone.{k}": p.grad.numpy() for k, p in network.named_parameters()}
-    assert_same_gradients(grads, expected_grads, config, training=True)
-    running = {f"backbone.{k}": v.numpy() for k, v in network.state_dict().items() if "running" in k}
-    assert_same_dict(statistics, running, MODEL)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_timm_has_imagenet_weights_of_these_dimensions(name):
-    config = reference.configuration(name)
-    assert timm.is_model_pretrained(config["backbone"])
-    with torch.device("meta"):
-        theirs = timm.create_model(config["backbone"], num_classes=0).state_dict()
-        ours = from_config(config).backbone.state_dict()
-    assert ours.keys() <= theirs.keys()
-    assert all(theirs[key].shape == value.shape for key, value in ours.items())
-    rest = {key for key in theirs.keys() - ours.keys() if not key.endswith("num_batches_tracked")}
-    classifier = {"conv_head.weight", "bn2.weight", "bn2.bias", "bn2.running_mean", "bn2.running_var"}
-    assert rest == (classifier if name == "midas_v21_small" else set())
-
-
-# The published figures, in millions: 105 and 21 in the table of models of the MiDaS repository (its 3.1). They include one tensor
-# group that nothing reads, the deepest fusion block's RCU1, of which ours has none.
-@pytest.mark.parametrize(
-    ("name", "millions", "published", "width"), [("midas_v21", 104.2, 105, 256), ("midas_v21_small", 16.6, 21, 512)]
-)
-def test_parameter_counts_are_the_published_ones(name, millions, published, width):
-    shapes = reference.parameter_shapes(reference.configuration(name))
-    count = sum(int(np.prod(shape)) for key, shape in shapes.items() if "running" not in key)
-    assert round(count / 1e6, 1) == millions
-    dead = 2 * (9 * width * width + width)
-    assert round((count + dead) / 1e6) == published
 
 
 # Configurations, weights and words

@@ -289,42 +289,6 @@ def test_marks_are_evenly_spread_and_end_with_the_last_step(steps: int, marks: i
     assert max(np.diff([0, *hit])) - min(np.diff([0, *hit])) <= 1
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-def test_a_divided_batch_has_the_gradient_of_the_whole(threads: int, tmp_path: Path) -> None:
-    """The anchor, which looks at a batch as a whole, is left out."""
-    recipe = Recipe(size=32, crops=[32], crop_shares=[1], anchor=0, correlation=0.25, batch_size=48)
-    image = torch.randn(48, 3, 32, 32)
-    depth = 1 + torch.rand(48, 32, 32)
-    gradients, losses = [], []
-    for workers in (1, threads):
-        device = engine.Device(torch.device("cpu"), torch.float32, "", workers)
-        whole = engine.Run(recipe, Depth(recipe), device, RunFolder(tmp_path))
-        torch.manual_seed(0)
-        model = engine.build_model(whole).double()
-        with engine.Workers(whole, model) as divided:
-            assert divided.count == workers
-            losses.append(divided.backward(image.double(), depth.double(), 0.4))  # where both losses count
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).numpy())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-    assert_same(gradients[1], gradients[0], 1e-9)
-
-
-def test_dropout_and_batch_norm_keep_a_batch_in_one_piece(tmp_path: Path) -> None:
-    recipe = Recipe(task="segmentation", batch_size=64)
-    device = engine.Device(torch.device("cpu"), torch.float32, "", 4)
-    whole = engine.Run(recipe, Segment(recipe), device, RunFolder(tmp_path))
-    with engine.Workers(whole, engine.build_model(whole)) as workers:
-        assert workers.count == 1
-
-
-@pytest.mark.parametrize(("batch", "workers"), [(1, 1), (16, 1), (31, 1), (32, 2), (63, 3), (64, 4), (640, 4)])
-def test_a_batch_is_divided_where_each_part_is_worth_it(batch: int, workers: int, tmp_path: Path) -> None:
-    recipe = Recipe(batch_size=batch)
-    whole = engine.Run(recipe, Depth(recipe), engine.Device(torch.device("cpu"), torch.float32, "", 4), RunFolder(tmp_path))
-    with engine.Workers(whole, torch.nn.Linear(1, 1)) as divided:
-        assert divided.count == workers
-
-
 @pytest.mark.parametrize("correlation", [0.0, 0.25])
 def test_the_correlation_blends_into_the_papers_loss_which_is_trimmed_late(
     correlation: float, monkeypatch: pytest.MonkeyPatch

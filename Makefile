@@ -28,7 +28,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN) -m p
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test explore sanitize lint format clean
+.PHONY: help demo test explore sanitize mutants lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -51,7 +51,7 @@ explore: $(VENV)/installed-tests  ## all tests with many random examples: an hou
 # library is loaded before it, and leaks, of which an interpreter has many that are none, are not looked for.
 SANITIZED := build/sanitize
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
-SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,nn_conv2d nn_gelu nn_linear_softmax nn_norms nn_pooling nn_resize nn_selection))
+SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,nn_attention nn_conv2d nn_gelu nn_linear_softmax nn_matmul nn_memory nn_norms nn_pooling nn_resize nn_selection))
 
 sanitize: $(VENV)/installed-tests  ## the compiled twins and their tests under the address and undefined-behaviour sanitizers
 	rm -rf $(SANITIZED)
@@ -61,6 +61,10 @@ sanitize: $(VENV)/installed-tests  ## the compiled twins and their tests under t
 	cd $(SANITIZED) && CC="$(CC) $(SANITIZE)" $(abspath $(BIN)) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN)) -m pytest --quiet -p no:cacheprovider $(SANITIZED_TESTS)
+
+# MUTANTS passes options on: `make mutants MUTANTS="--survivors --module reference/optim.py"`; `--help` lists them.
+mutants: $(VENV)/installed-mutants  ## change the reference in hundreds of places, one at a time, and see that its tests notice
+	$(BIN) -m tests.mutants.run $(MUTANTS)
 
 lint: $(VENV)/installed-dev  ## check style and types
 	$(BIN) -m ruff check .
@@ -84,6 +88,8 @@ $(VENV)/installed-tests: EXTRAS := tests
 $(VENV)/installed-tests: STAMPS := demo tests
 $(VENV)/installed-dev: EXTRAS := tests,dev
 $(VENV)/installed-dev: STAMPS := demo tests dev
+$(VENV)/installed-mutants: EXTRAS := tests,dev,mutants
+$(VENV)/installed-mutants: STAMPS := demo tests dev mutants
 
 $(VENV)/installed-%: $(SOURCES)
 	@rm -f $(VENV)/installed-*

@@ -2,6 +2,7 @@
 
     depth, vjp = reference.apply(params, image, config)      # params: one flat dict of arrays
     dimage, grads = vjp(ddepth)
+    depth = reference.forward(params, image, config)         # the same, where no vjp is wanted
 
 Read it in the order of the paper: `embed`, `attention`, `transformer`, `resnet`, `reassemble`, `fusion`, `heads`, `dpt`,
 `losses`. The primitives they are made of lie in `reference.nn`.
@@ -9,7 +10,7 @@ Read it in the order of the paper: `embed`, `attention`, `transformer`, `resnet`
 
 from .attention import attention_map
 from .configs import CONFIGS, MIDAS, Config, configuration
-from .dpt import Segmentation, apply
+from .dpt import Segmentation, apply, forward
 from .implementation import implementation, use
 from .inference import segment
 from .initialize import initialize, parameter_shapes
@@ -25,6 +26,7 @@ __all__ = [
     "apply",
     "attention_map",
     "configuration",
+    "forward",
     "implementation",
     "initialize",
     "load",

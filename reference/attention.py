@@ -7,7 +7,6 @@ output = y W_proj + b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,42 +15,23 @@ from . import layers, nn
 from .parameters import Grads, Params, merge
 
 
-def scaled_dot_product_attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, observe: Callable[[np.ndarray], None] | None = None
-) -> tuple[np.ndarray, Callable]:
-    """softmax(q k^T / sqrt(d)) v for q, k, v (..., N, d). Returns y (..., N, d), and `vjp(dy) -> (dq, dk, dv)`.
-
-    `observe` is called with the attention map (..., N, N): row i says where token i looks, and sums to one.
-    """
-    scale = 1 / math.sqrt(q.shape[-1])
-    scores, scores_vjp = nn.matmul(q * scale, k.swapaxes(-1, -2))
-    attention, softmax_vjp = nn.softmax(scores, axis=-1)
-    if observe is not None:
-        observe(attention)
-    y, y_vjp = nn.matmul(attention, v)
-
-    def vjp(dy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        dattention, dv = y_vjp(dy)
-        dq, dk = scores_vjp(softmax_vjp(dattention))
-        return dq * scale, dk.swapaxes(-1, -2), dv
-
-    return y, vjp
-
-
 def attention(
     params: Params, prefix: str, x: np.ndarray, num_heads: int, observe: Callable[[np.ndarray], None] | None = None
 ) -> tuple[np.ndarray, Callable]:
     """Self-attention of tokens x (B, N, D) in `num_heads` heads. Returns y (B, N, D), and `vjp(dy) -> (dx, grads)`.
 
     Parameters `{prefix}.qkv.{weight,bias}` (3D, D), (3D,) - queries, keys, values, each head by head - and
-    `{prefix}.proj.{weight,bias}` (D, D), (D,). Raises ValueError where D is no multiple of `num_heads`.
+    `{prefix}.proj.{weight,bias}` (D, D), (D,). `observe` is called with the attention map (B, heads, N, N): row i says where
+    token i looks, and sums to one. Raises ValueError where D is no multiple of `num_heads`.
     """
     batch, length, width = x.shape
     if width % num_heads:
         raise ValueError(f"tokens of width {width} cannot be split into {num_heads} heads")
     qkv, qkv_vjp = layers.linear(params, f"{prefix}.qkv", x)
     q, k, v = qkv.reshape(batch, length, 3, num_heads, width // num_heads).transpose(2, 0, 3, 1, 4)
-    heads, heads_vjp = scaled_dot_product_attention(q, k, v, observe)
+    heads, heads_vjp = nn.scaled_dot_product_attention(q, k, v)
+    if observe is not None:
+        observe(nn.attention_weights(q, k))
     joined = heads.transpose(0, 2, 1, 3).reshape(batch, length, width)
     y, proj_vjp = layers.linear(params, f"{prefix}.proj", joined)
 

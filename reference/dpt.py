@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import nn
 from .configs import TASKS, Config
 from .embed import embed
 from .fusion import Statistics, deepest_fusion, fusion
@@ -211,6 +212,12 @@ def apply(
         return dimage, merge(grads, untouched)
 
     return output, vjp
+
+
+def forward(params: Params, image: np.ndarray, config: Config, observe: Observe | None = None) -> Any:
+    """The output of `apply` alone, for inference: nothing is kept for a vjp, so it needs little memory beside the parameters."""
+    with nn.without_vjps():
+        return apply(params, image, config, observe=observe)[0]
 
 
 def _depth(params: Params, fused: Sequence[np.ndarray]) -> tuple[np.ndarray, Callable]:

@@ -70,7 +70,8 @@ def residual_conv_unit(
         dactive1, grads1 = conv1_vjp(relu2_vjp(dactive2))
         return dy + relu1_vjp(dactive1), merge(grads1, grads2)
 
-    return x + residual, vjp
+    residual += x  # in place: nothing else holds it
+    return residual, vjp
 
 
 def upsample_and_project(params: Params, prefix: str, x: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, Callable]:
@@ -121,7 +122,8 @@ def fusion(
     if previous.shape != skip.shape:
         raise ValueError(f"{prefix}: the previous map has shape {previous.shape}, the skip {skip.shape}: they must agree")
     refined_skip, rcu1_vjp = residual_conv_unit(params, f"{prefix}.rcu1", skip, training, statistics)
-    refined, rcu2_vjp = residual_conv_unit(params, f"{prefix}.rcu2", previous + refined_skip, training, statistics)
+    refined_skip += previous  # in place: nothing else holds it
+    refined, rcu2_vjp = residual_conv_unit(params, f"{prefix}.rcu2", refined_skip, training, statistics)
     y, up_vjp = upsample_and_project(params, prefix, refined, size)
 
     def vjp(dy: np.ndarray) -> tuple[np.ndarray, np.ndarray, Grads]:

@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 
 IMPLEMENTATIONS = ("numpy", "cython")
 _TWINS = (
+    "attention_cython",
     "batch_norm_cython",
     "conv2d_cython",
     "differences_cython",
     "gelu_cython",
     "group_norm_cython",
     "layer_norm_cython",
+    "matmul_cython",
     "pooling_cython",
     "relu_cython",
     "resize_cython",

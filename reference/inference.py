@@ -21,7 +21,7 @@ import numpy as np
 
 from . import nn
 from .configs import Config
-from .dpt import apply
+from .dpt import forward
 from .parameters import Params
 
 Function = Callable[[np.ndarray], np.ndarray]
@@ -142,7 +142,7 @@ def segment(
     black = -np.asarray(config["image_mean"]) / np.asarray(config["image_std"])
 
     def probabilities(window: np.ndarray) -> np.ndarray:
-        return nn.softmax(apply(params, window, config)[0].logits, axis=1)[0]
+        return nn.softmax(forward(params, window, config).logits, axis=1)[0]
 
     seen = mirrored(probabilities) if flip else probabilities
     return multi_scale(lambda resized: sliding_window(seen, resized, crop, stride, black), image, scales, base)

@@ -40,7 +40,8 @@ def attention_residual(
         dx, norm_grads = norm_vjp(dnormed)
         return dy + dx, merge(norm_grads, attention_grads)
 
-    return x + attended, vjp
+    attended += x  # in place: nothing else holds it
+    return attended, vjp
 
 
 def mlp_residual(params: Params, prefix: str, x: np.ndarray, eps: float) -> tuple[np.ndarray, Callable]:
@@ -53,7 +54,8 @@ def mlp_residual(params: Params, prefix: str, x: np.ndarray, eps: float) -> tupl
         dx, norm_grads = norm_vjp(dnormed)
         return dy + dx, merge(norm_grads, mlp_grads)
 
-    return x + expanded, vjp
+    expanded += x  # in place: nothing else holds it
+    return expanded, vjp
 
 
 def block(

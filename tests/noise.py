@@ -50,7 +50,7 @@ def _perturb(operation: Callable, rng: np.random.Generator) -> Callable:
 def rounding(seed: int) -> Iterator[None]:
     """Within the block, every primitive of the reference errs by one float32 rounding, forward and backward."""
     rng = np.random.default_rng(seed)
-    skipped = {"same_padding"}
+    skipped = {"same_padding", "attention_weights", "without_vjps"}  # they return no vjp
     with pytest.MonkeyPatch.context() as patch:
         for name in nn.__all__:
             if name not in skipped and inspect.isfunction(getattr(nn, name)):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
 
+from reference import nn
 from reference.implementation import IMPLEMENTATIONS, use
 from tests.equality import assert_same
 
@@ -45,6 +47,28 @@ def lay_out(array: Array, layout: str) -> Array:
     array = array.copy()
     array.setflags(write=layout != "read-only")
     return array
+
+
+matrix_layouts = layouts | st.sampled_from(["matrices transposed", "heads", "rows strided", "rows reversed", "window", "field"])
+
+
+def lay_out_matrices(array: Array, layout: str) -> Array:
+    """Return the same stack of matrices (..., N, M) in another layout: one of `lay_out`'s, or one of their own."""
+    if layout == "matrices transposed":
+        return np.ascontiguousarray(array.swapaxes(-1, -2)).swapaxes(-1, -2)
+    if layout == "heads" and array.ndim > 2:  # a row of every matrix lies beside that row of the next, as in multi-head attention
+        return np.ascontiguousarray(array.swapaxes(-3, -2)).swapaxes(-3, -2)
+    if layout == "rows strided":
+        return np.repeat(array, 2, axis=-2)[..., ::2, :]
+    if layout == "rows reversed":
+        return np.ascontiguousarray(array[..., ::-1, :])[..., ::-1, :]
+    if layout == "window":
+        return np.pad(array, [(0, 0)] * (array.ndim - 2) + [(1, 2), (3, 1)], constant_values=np.nan)[..., 1:-2, 3:-1]
+    if layout == "field":  # the distance of two numbers is no multiple of their size
+        fields = np.zeros(array.shape, [("value", array.dtype), ("flag", np.int8)])
+        fields["value"] = array
+        return fields["value"]
+    return lay_out(array, layout)
 
 
 def normal_arrays(rng: np.random.Generator, *shapes: tuple[int, ...], layout: str = "plain") -> list[Array]:
@@ -170,3 +194,37 @@ def assert_multilinear_in_float32(
     sizes, _ = results(operation, [np.abs(array) for array in inputs64], np.abs(dy).astype(np.float64), rng)
     for i, (have, want, size, n) in enumerate(zip(actual, expected, sizes, terms, strict=True)):
         assert_within(have, want, roundings(n) * size, "y" if i == 0 else f"gradient {i - 1}")
+
+
+class Call(NamedTuple):
+    operation: Operation
+    shapes: tuple[tuple[int, ...], ...]  # of its inputs
+
+
+def _batch_norm(x: Array, weight: Array, bias: Array, mean: Array, deviation: Array) -> tuple[Array, Callable]:
+    result, vjp = nn.batch_norm(x, weight, bias, mean, deviation**2, training=True)
+    return result.y, lambda dy: vjp(nn.BatchNorm(dy, None, None))
+
+
+# One call of every primitive that returns a vjp, under its name in `nn`.
+PRIMITIVES = {
+    "batch_norm": Call(_batch_norm, ((2, 5, 9, 11), (5,), (5,), (5,), (5,))),
+    "conv2d": Call(lambda x, weight, bias: nn.conv2d(x, weight, bias, 2, 1), ((2, 5, 12, 13), (7, 5, 3, 3), (7,))),
+    "conv_transpose2d": Call(lambda x, weight, bias: nn.conv_transpose2d(x, weight, bias, 2), ((2, 5, 7, 8), (5, 6, 2, 2), (6,))),
+    "dropout": Call(lambda x: nn.dropout(x, x > 0, 0.5), ((3, 40),)),
+    "gelu": Call(nn.gelu, ((3, 40),)),
+    "group_norm": Call(lambda x, weight, bias: nn.group_norm(x, 3, weight, bias), ((2, 6, 9, 11), (6,), (6,))),
+    "grouped_conv2d": Call(lambda x, weight: nn.grouped_conv2d(x, weight, 2), ((2, 6, 9, 11), (4, 3, 3, 3))),
+    "layer_norm": Call(lambda x, weight, bias: nn.layer_norm(x, weight, bias, 1e-6), ((2, 9, 35), (35,), (35,))),
+    "linear": Call(nn.linear, ((2, 30, 40), (50, 40), (50,))),
+    "matmul": Call(nn.matmul, ((3, 30, 40), (3, 40, 50))),
+    "max_pool2d": Call(lambda x: nn.max_pool2d(x, 3, 2, 1), ((2, 5, 9, 11),)),
+    "relu": Call(nn.relu, ((3, 40),)),
+    "relu6": Call(nn.relu6, ((3, 40),)),
+    "resize_bilinear": Call(lambda x: nn.resize_bilinear(x, (13, 8), True), ((2, 5, 9, 11),)),
+    "scaled_dot_product_attention": Call(nn.scaled_dot_product_attention, ((2, 3, 70, 20), (2, 3, 50, 20), (2, 3, 50, 30))),
+    "softmax": Call(nn.softmax, ((3, 40),)),
+    "standardize_weight_deviation": Call(nn.standardize_weight_deviation, ((6, 5, 3, 3),)),
+    "standardize_weight_variance": Call(nn.standardize_weight_variance, ((6, 5, 3, 3),)),
+}
+WITHOUT_A_TWIN = {"dropout", "grouped_conv2d", "relu6"}

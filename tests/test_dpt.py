@@ -1,5 +1,8 @@
 """The whole model: every configuration in both forms, forward and backward."""
 
+import tracemalloc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ import accelerated
 import reference
 from accelerated.dpt import DPT
 from reference.dpt import check_taps
+from tests import midas
 from tests.equality import MODEL, assert_same, assert_same_dict
 from tests.models import configs, grids, model_parameters, small, torch_vjp
 
@@ -114,6 +118,80 @@ def test_observe_sees_every_stage_and_changes_nothing():
         "fusion.0": (1, 8, 16, 24),
         "attention.3": (1, 2, 7, 7),
     }
+
+
+# Inference
+
+
+@pytest.mark.parametrize("task", reference.configs.TASKS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", sorted(reference.CONFIGS))
+def test_forward_is_the_output_of_apply_bit_for_bit(name, dtype, task):
+    config = small(name, task)
+    params = {k: v.astype(dtype) for k, v in model_parameters(config, 2).items()}
+    image = np.random.default_rng(2).standard_normal((2, 3, 32, 48)).astype(dtype)
+    expected, _ = reference.apply(params, image, config)
+    actual = reference.forward(params, image, config)
+    assert type(actual) is type(expected)
+    if task == "segmentation":
+        assert actual.auxiliary is expected.auxiliary is None
+        actual, expected = actual.logits, expected.logits
+    assert actual.dtype == dtype
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", sorted(reference.MIDAS))
+def test_forward_runs_midas_too(name):
+    config = midas.small(name)
+    params = model_parameters(config, 2)
+    image = np.random.default_rng(2).standard_normal((1, 3, 36, 48))
+    np.testing.assert_array_equal(reference.forward(params, image, config), reference.apply(params, image, config)[0])
+
+
+def test_forward_shows_what_apply_shows():
+    config = small("dpt_hybrid")
+    params, seen = model_parameters(config, 0), []
+    image = np.random.default_rng(0).standard_normal((1, 3, 32, 48))
+    for run in (reference.apply, reference.forward):
+        seen.append({})
+        run(params, image, config, observe=lambda name, a: seen[-1].update({name: a.copy()}))
+    assert_same_dict(*seen, rtol=0)
+
+
+def test_a_vjp_made_for_inference_says_so_and_the_next_works():
+    config = small("dpt_tiny")
+    params = model_parameters(config, 0)
+    image = np.random.default_rng(0).standard_normal((1, 3, 32, 32))
+    with reference.nn.without_vjps():
+        depth, vjp = reference.apply(params, image, config)
+    with pytest.raises(RuntimeError, match="computed for inference"):
+        vjp(depth)
+    with pytest.raises(ValueError, match="both sides must be multiples"):
+        reference.forward(params, image[..., :24, :24], config)
+    depth, vjp = reference.apply(params, image, config)
+    vjp(depth)
+
+
+def test_forward_keeps_only_its_output():
+    """What it passes through dies with the call, and does not grow with the number of blocks; apply's vjp keeps it."""
+    image = np.random.default_rng(0).standard_normal((1, 3, 160, 160))
+    kept, peaks = {}, {}
+    for depth in (4, 24):
+        config = small("dpt_base", depth=depth, taps=[0, 1, 2, depth - 1], grid=10)
+        params = model_parameters(config, 0)
+        for run in (reference.apply, reference.forward):
+            run(params, image, config)  # a thread's first call asks for its workspaces
+            stages = []
+            tracemalloc.start()
+            output = run(params, image, config, observe=lambda _, a, stages=stages: stages.append(weakref.ref(a)))
+            kept[run, depth], peaks[run, depth] = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert any(stage() is not None for stage in stages) == (run is reference.apply)
+            del output
+    assert kept[reference.forward, 24] < 1.5 * 160 * 160 * 8
+    tokens = (1 + 10 * 10) * config["embed_dim"] * 8
+    assert peaks[reference.forward, 24] - peaks[reference.forward, 4] < 20 * tokens  # not one array a block
+    assert kept[reference.apply, 24] - kept[reference.apply, 4] > 20 * 4 * tokens
 
 
 @pytest.mark.parametrize("name", ["dpt_tiny", "dpt_base"])

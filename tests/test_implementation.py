@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import subprocess
@@ -109,12 +110,18 @@ def test_a_twin_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 def test_every_twin_in_the_folder_is_demanded_and_all_that_is_asked_of_a_twin_is_there() -> None:
     folder = Path(nn.__file__).parent
     assert sorted(switch._TWINS) == sorted(path.stem for path in folder.glob("*_cython.pyx"))
-    for path in folder.glob("*.py"):
-        plain = importlib.import_module(f"reference.nn.{path.stem}")
-        functions = [value for value in vars(plain).values() if hasattr(value, "__wrapped__")]
-        for function in (function for function in functions if function.__module__ == plain.__name__):
-            compiled = importlib.import_module(f"{plain.__name__}_cython")
-            assert callable(getattr(compiled, function.__name__, None)), f"{plain.__name__} asks for {function.__name__}"
+    asked = {path.stem: decorated_with("twinned", path) for path in folder.glob("*.py")}
+    assert "correlate" in asked["conv2d"]
+    for name, functions in asked.items():
+        for function in functions:
+            compiled = importlib.import_module(f"reference.nn.{name}_cython")
+            assert callable(getattr(compiled, function, None)), f"reference.nn.{name} asks for {function}"
+
+
+def decorated_with(decorator: str, path: Path) -> list[str]:
+    """The names of the functions of a source that are decorated with `@decorator`."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    return [f.name for f in functions if decorator in [ast.unparse(d) for d in f.decorator_list]]
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
@@ -143,10 +150,19 @@ run(lambda x, w, b: nn.group_norm(x, 3, w, b), x, w, w)
 run(batch_norm, x, w, w)
 run(lambda x, w, b: nn.layer_norm(x, w, b, 1e-6), x, rng.random(67), rng.random(67))
 run(lambda p: losses.depth_loss(p, x[1], x[1] > -1), x[0])
+rows, weight, bias = rng.standard_normal((301, 300)), rng.standard_normal((900, 300)), rng.random(900)
+run(nn.linear, rows, weight, bias)
+run(nn.linear, weight, rows, bias[:301])
+run(nn.matmul, rows.reshape(7, 43, 300), weight[:35].reshape(7, 300, 5))
+run(nn.scaled_dot_product_attention, *rng.standard_normal((3, 2, 3, 201, 20)))
+for stride in (1, 2, 3):  # 4087, 1054 and 483 positions
+    run(lambda x, w, b: nn.conv2d(x, w, b, stride, 1), x, rng.standard_normal((30, 12, 3, 3)), bias[:30])
+    run(lambda x, w, b: nn.conv2d(x, w, b, stride, 0), x, rng.standard_normal((30, 12, 1, 1)), bias[:30])
+run(lambda x, w, b: nn.conv_transpose2d(x, w, b, 2), x, rng.standard_normal((12, 5, 2, 2)), bias[:5])
 print(digest.hexdigest())
 """
     digests = set()
-    for threads in ("1", "3"):
+    for threads in ("1", "2", "3"):
         environment = os.environ | {"OMP_NUM_THREADS": threads}
         result = subprocess.run(
             [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False

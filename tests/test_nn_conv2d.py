@@ -1,13 +1,16 @@
 """Convolution and transposed convolution against torch, in both implementations, and the rounding of their float32 forms.
 
-The twin has two ways: products of the matrix of windows, and Winograd's for a 3x3 kernel at stride 1, which it takes from
-`_WORTH` positions on. The tests set that number to send every case one way.
+The twin has three ways: Winograd's for a 3x3 kernel at stride 1, which it takes from `_WORTH` positions on; the product of the
+weight and the whole matrix of an image's windows, up to `_FEW` positions; and else that product for some positions at a time.
+The tests set those numbers to send every case one way.
 """
 
 from __future__ import annotations
 
 import math
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,6 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from reference import nn
 from reference.implementation import use
+from reference.nn import memory
 from tests.equality import assert_same, check_vjp
 from tests.primitives import (
     assert_multilinear_in_float32,
@@ -33,6 +37,19 @@ from tests.primitives import (
     roundings,
     seeds,
 )
+
+# What the numbers are set to: the positions from which Winograd's way is taken, and those up to which the whole matrix is made.
+WAYS = {"winograd": (0, 0), "windows": (math.inf, 0), "whole": (math.inf, math.inf)}
+ways = st.sampled_from(sorted(WAYS))
+
+
+@contextmanager
+def taking(way: str) -> Iterator[None]:
+    """The twin takes this way; Winograd's where that is possible, and else that of some windows at a time."""
+    worth, few = WAYS[way]
+    module = reference.nn.conv2d_cython
+    with mock.patch.object(module, "_WORTH", worth), mock.patch.object(module, "_FEW", few):
+        yield
 
 
 class Case(NamedTuple):
@@ -87,30 +104,30 @@ def torch_convolve(case: Case) -> Any:
     return lambda x, weight, bias=None: F.conv2d(F.pad(x, (*pairs[1], *pairs[0])), weight, bias, case.stride)
 
 
-@settings(max_examples=150)
-@given(convolutions(), seeds, implementations, layouts)
-def test_conv2d_is_torchs(case: Case, seed: int, name: str, layout: str) -> None:
+@settings(max_examples=200)
+@given(convolutions(), seeds, implementations, ways, layouts)
+def test_conv2d_is_torchs(case: Case, seed: int, name: str, way: str, layout: str) -> None:
     rng = np.random.default_rng(seed)
-    with use(name):
+    with use(name), taking(way):
         assert_same_as_torch(convolve(case), torch_convolve(case), normal_arrays(rng, *case.shapes, layout=layout), rng)
 
 
 @settings(max_examples=100)
-@given(transposed_convolutions(), seeds, implementations, layouts)
-def test_conv_transpose2d_is_torchs(case: Case, seed: int, name: str, layout: str) -> None:
+@given(transposed_convolutions(), seeds, implementations, ways, layouts)
+def test_conv_transpose2d_is_torchs(case: Case, seed: int, name: str, way: str, layout: str) -> None:
     rng = np.random.default_rng(seed)
 
     def witness(x: Any, weight: Any, bias: Any = None) -> Any:
         return F.conv_transpose2d(x, weight, bias, case.stride)
 
-    with use(name):
+    with use(name), taking(way):
         assert_same_as_torch(spread(case), witness, normal_arrays(rng, *case.shapes, layout=layout), rng)
 
 
-@given(convolutions(), seeds, implementations)
-def test_conv2d_gradients_are_the_derivatives(case: Case, seed: int, name: str) -> None:
+@given(convolutions(), seeds, implementations, ways)
+def test_conv2d_gradients_are_the_derivatives(case: Case, seed: int, name: str, way: str) -> None:
     rng = np.random.default_rng(seed)
-    with use(name):
+    with use(name), taking(way):
         check_vjp(without_none(convolve(case)), normal_arrays(rng, *case.shapes), rng)
 
 
@@ -129,19 +146,16 @@ def without_none(operation: Any) -> Any:
     return run
 
 
-def winograd(worth: float) -> Any:
-    return mock.patch.object(reference.nn.conv2d_cython, "_WORTH", worth)
-
-
-@given(convolutions(), seeds, implementations)
-def test_conv2d_rounds_as_sums_of_products_do(case: Case, seed: int, name: str) -> None:
+@settings(max_examples=50)
+@given(convolutions(), seeds, implementations, st.sampled_from(["windows", "whole"]))
+def test_conv2d_rounds_as_sums_of_products_do(case: Case, seed: int, name: str, way: str) -> None:
     rng = np.random.default_rng(seed)
     _, channels, *_ = case.shapes[0]
     out, _, *kernel = case.shapes[1]
     inputs, taps = normal_arrays(rng, *case.shapes), int(np.prod(kernel))
     positions = convolve(case)(*inputs)[0].size // out
     terms = [channels * taps + 1, out * taps, positions, positions][: 1 + len(inputs)]
-    with use(name), winograd(math.inf):
+    with use(name), taking(way):
         assert_multilinear_in_float32(convolve(case), inputs, terms, rng)
 
 
@@ -158,14 +172,15 @@ def test_conv_transpose2d_rounds_as_sums_of_products_do(case: Case, seed: int, n
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@given(case=convolutions(), seed=seeds, block=st.integers(1, 300))
-def test_the_twin_is_the_numpy_form_whatever_its_blocks(dtype: Any, case: Case, seed: int, block: int) -> None:
+@settings(max_examples=50)
+@given(case=convolutions(), seed=seeds, way=ways, block=st.integers(1, 300))
+def test_the_twin_is_the_numpy_form_whatever_its_blocks(dtype: Any, case: Case, seed: int, way: str, block: int) -> None:
     rng = np.random.default_rng(seed)
     inputs = [array.astype(dtype) for array in normal_arrays(rng, *case.shapes)]
     with use("numpy"):
         expected, dy = results(convolve(case), inputs, None, rng)
     # Whatever a block holds (one row, some, all), the same products are summed, so only rounding may differ.
-    with use("cython"), mock.patch.object(reference.nn.conv2d_cython, "_BLOCK", block):
+    with use("cython"), taking(way), mock.patch.object(reference.nn.conv2d_cython, "_BLOCK", block):
         actual, _ = results(convolve(case), inputs, dy, rng)
     for have, want in zip(actual, expected, strict=True):
         assert_same(have, want, rtol=1000 * np.finfo(dtype).eps, scale=float(np.abs(want).max()) + 1)
@@ -174,13 +189,13 @@ def test_the_twin_is_the_numpy_form_whatever_its_blocks(dtype: Any, case: Case, 
 @given(case=small_kernels(), seed=seeds, layout=layouts)
 def test_winograds_way_is_torchs(case: Case, seed: int, layout: str) -> None:
     rng = np.random.default_rng(seed)
-    with use("cython"), winograd(0):
+    with use("cython"), taking("winograd"):
         assert_same_as_torch(convolve(case), torch_convolve(case), normal_arrays(rng, *case.shapes, layout=layout), rng)
 
 
 # One more and one less than the multiples of a panel (8 outputs), a group of panels (64), a run (48 tiles or positions), a task
-# (192 positions), and more than the rows that are filled at once (about 512).
-@pytest.mark.parametrize("worth", [0, math.inf], ids=["winograd", "windows"])
+# (384 positions), and more than the rows that are filled at once (about 512).
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     ("x", "outputs", "kernel", "stride", "padding"),
@@ -194,15 +209,17 @@ def test_winograds_way_is_torchs(case: Case, seed: int, layout: str) -> None:
         ((1, 513, 7, 7), 8, (1, 1), 1, ((0, 0), (0, 0))),
         ((1, 3, 70, 90), 2, (1, 1), 1, ((1, 0), (0, 2))),
         ((1, 600, 3, 3), 33, (2, 1), 1, ((0, 0), (0, 0))),
+        ((2, 300, 9, 11), 41, (3, 2), 3, ((2, 0), (1, 4))),
+        ((3, 130, 29, 16), 25, (2, 3), 1, ((0, 0), (0, 0))),  # 392 positions of 780 rows
     ],
 )
-def test_sizes_beyond_one_block(dtype: Any, worth: float, x: Any, outputs: int, kernel: Any, stride: int, padding: Any) -> None:
+def test_sizes_beyond_one_block(dtype: Any, way: str, x: Any, outputs: int, kernel: Any, stride: int, padding: Any) -> None:
     rng = np.random.default_rng(0)
     inputs = [array.astype(dtype) for array in normal_arrays(rng, x, (outputs, x[1], *kernel), (outputs,))]
     case = Case((), stride, padding)
     with use("numpy"):
         expected, dy = results(convolve(case), inputs, None, rng)
-    with use("cython"), winograd(worth):
+    with use("cython"), taking(way):
         actual, _ = results(convolve(case), inputs, dy, rng)
     for have, want in zip(actual, expected, strict=True):
         assert_same(have, want, rtol=1000 * np.finfo(dtype).eps)
@@ -217,7 +234,7 @@ def test_winograds_way_rounds_as_its_matrices_say(case: Case, seed: int) -> None
         expected, vjp = convolve(case)(*inputs64)
     dy = rng.standard_normal(expected.shape).astype(np.float32)
     dx = vjp(dy.astype(np.float64))[0]
-    with use("cython"), winograd(0):
+    with use("cython"), taking("winograd"):
         y, vjp32 = convolve(case)(*inputs32)
         dx32 = vjp32(dy)[0]
     (top, _), (left, _) = case.padding
@@ -246,21 +263,30 @@ def winograd_on_absolute_values(x: Any, weight: Any, top: int, left: int, out: A
     return y.swapaxes(3, 4).reshape(*y.shape[:2], 2 * tiles[0], 2 * tiles[1])[:, :, : out[0], : out[1]]
 
 
-def test_winograds_way_is_taken_where_it_pays() -> None:
-    def runs_winograd(side: int, kernel: int, stride: int) -> bool:
-        x, weight = np.ones((1, 2, side, side), np.float32), np.ones((3, 2, kernel, kernel), np.float32)
-        with mock.patch.object(reference.nn.winograd_cython, "correlate", side_effect=ZeroDivisionError):
-            try:
-                nn.conv2d(x, weight, None, stride, 1)
-            except ZeroDivisionError:
-                return True
-        return False
+def test_each_way_is_taken_where_it_pays() -> None:
+    def way(height: int, width: int, kernel: int, stride: int = 1, batch: int = 1) -> str:
+        """The way that the padded convolution of such maps takes."""
+        x, weight = np.ones((batch, 2, height, width), np.float32), np.ones((3, 2, kernel, kernel), np.float32)
+        module, taken = reference.nn.conv2d_cython, []
+        spies = {
+            "winograd": mock.patch.object(module.winograd_cython, "correlate", wraps=module.winograd_cython.correlate),
+            "whole": mock.patch.object(module, "_correlate_whole", wraps=module._correlate_whole),
+        }
+        for name, patch in spies.items():
+            with patch as spy:
+                nn.conv2d(x, weight, None, stride, kernel // 2)
+            taken += [name] * spy.called
+        return "".join(taken) or "windows"
 
     with use("cython"):
-        assert runs_winograd(40, 3, 1)
-        assert not runs_winograd(24, 3, 1)  # too small
-        assert not runs_winograd(90, 3, 2)
-        assert not runs_winograd(40, 2, 1)
+        assert way(40, 40, 3) == "winograd"
+        assert way(24, 24, 3) == "whole"  # too small
+        assert way(24, 24, 3, batch=2) == "winograd"
+        assert way(90, 90, 3, stride=2) == "windows"
+        assert way(40, 40, 5) == "windows"
+        assert way(32, 48, 1) == way(32, 48, 5) == way(64, 96, 3, stride=2) == "whole"
+        assert way(29, 53, 1) == way(29, 53, 5) == "windows"  # one position more
+        assert way(32, 48, 5, batch=3) == "whole"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -279,7 +305,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(kernel: int, stride
 def test_a_nan_reaches_only_the_tiles_that_see_it() -> None:
     x, weight = np.ones((1, 1, 12, 12)), np.ones((1, 1, 3, 3))
     x[0, 0, 6, 6] = np.nan
-    with use("cython"), winograd(0):
+    with use("cython"), taking("winograd"):
         y, _ = nn.conv2d(x, weight, None, 1, 1)
     touched = np.zeros((12, 12), bool)
     touched[4:8, 4:8] = True  # four tiles of 2 x 2, of which the nine outputs around (6, 6) are a part
@@ -299,6 +325,7 @@ def test_the_twin_is_what_runs() -> None:
 @pytest.mark.parametrize("name", ["numpy", "cython"])
 def test_memory_stays_below_the_matrix_of_all_windows(name: str) -> None:
     x, weight = np.ones((1, 48, 128, 128), np.float32), np.ones((8, 48, 3, 3), np.float32)
+    memory.release()  # or what an earlier call left were used, and not counted
     with use(name):
         tracemalloc.start()
         y, vjp = nn.conv2d(x, weight, None, 1, 1)

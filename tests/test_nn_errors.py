@@ -13,6 +13,7 @@ X = np.ones((1, 4, 6, 5))
 W = np.ones((2, 4, 3, 3))
 FOUR = np.ones(4)
 W_TRANSPOSED = np.ones((4, 2, 3, 3))
+Q, K, V = np.ones((2, 6, 4)), np.ones((2, 5, 4)), np.ones((2, 5, 7))
 
 
 def conv2d(x: Any = X, weight: Any = W, bias: Any = None, stride: Any = 1, padding: Any = 0) -> Any:
@@ -27,6 +28,10 @@ def batch_norm(x: Any = X, weight: Any = FOUR, bias: Any = FOUR, mean: Any = FOU
     return nn.batch_norm(x, weight, bias, mean, var, **options)
 
 
+def attention(q: Any = Q, k: Any = K, v: Any = V) -> Any:
+    return nn.scaled_dot_product_attention(q, k, v)
+
+
 SHAPES = {
     "linear x": (lambda: nn.linear(np.ones((2, 3)), np.ones((4, 5))), r"x has shape \(2, 3\): expected \(\.\.\., 5\)"),
     "linear weight": (lambda: nn.linear(np.ones((2, 3)), np.ones(3)), r"weight has shape \(3,\): expected \(O, I\)"),
@@ -35,6 +40,20 @@ SHAPES = {
     "layer_norm weight": (lambda: nn.layer_norm(X, FOUR, FOUR, 1e-6), r"weight has shape \(4,\): expected \(5,\)"),
     "layer_norm bias": (lambda: nn.layer_norm(X, np.ones(5), FOUR, 1e-6), r"bias has shape \(4,\): expected \(5,\)"),
     "matmul": (lambda: nn.matmul(X, W), r"a has shape \(1, 4, 6, 5\) and b \(2, 4, 3, 3\)"),
+    "attention depth": (
+        lambda: attention(k=np.ones((2, 5, 3))),
+        r"q has shape \(2, 6, 4\), k \(2, 5, 3\) and v \(2, 5, 7\): expected \(\.\.\., N, d\)",
+    ),
+    "attention keys": (lambda: attention(v=np.ones((2, 6, 7))), r"k \(2, 5, 4\) and v \(2, 6, 7\)"),
+    "attention stack": (lambda: attention(q=np.ones((3, 6, 4))), r"q has shape \(3, 6, 4\), k \(2, 5, 4\)"),
+    "attention stack of values": (lambda: attention(v=np.ones((5, 7))), r"k \(2, 5, 4\) and v \(5, 7\)"),
+    "attention rank": (lambda: attention(FOUR, FOUR, FOUR), r"scaled_dot_product_attention: q has shape \(4,\)"),
+    "attention empty": (lambda: attention(k=np.ones((2, 0, 4))), r"scaled_dot_product_attention: k has shape \(2, 0, 4\)"),
+    "weights depth": (
+        lambda: nn.attention_weights(np.ones((6, 4)), np.ones((6, 5))),
+        r"attention_weights: q has shape \(6, 4\), k \(6, 5\)",
+    ),
+    "weights stack": (lambda: nn.attention_weights(np.ones((2, 6, 4)), np.ones((6, 4))), r"q has shape \(2, 6, 4\), k \(6, 4\)"),
     "softmax axis": (lambda: nn.softmax(X, 4), r"axis is 4 but x has shape \(1, 4, 6, 5\)"),
     "conv2d rank": (lambda: conv2d(x=X[0]), r"x has shape \(4, 6, 5\): expected \(B, C, H, W\)"),
     "conv2d channels": (
@@ -92,6 +111,10 @@ DTYPES = {
     "linear": (lambda: nn.linear(whole(2, 3), np.ones((4, 3))), r"linear: x has dtype int64 and shape \(2, 3\)"),
     "layer_norm": (lambda: nn.layer_norm(X, np.ones(5), whole(5), 1e-6), r"layer_norm: bias has dtype int64"),
     "matmul": (lambda: nn.matmul(X, whole(1, 4, 5, 2)), r"matmul: b has dtype int64"),
+    "attention": (lambda: attention(v=whole(2, 5, 7)), r"scaled_dot_product_attention: v has dtype int64 and shape \(2, 5, 7\)"),
+    "attention mixed": (lambda: attention(k=K.astype(np.float32)), r"k \(shape \(2, 5, 4\)\) is float32 but q is float64"),
+    "attention swapped": (lambda: attention(q=Q.astype(">f8")), r"scaled_dot_product_attention: q has dtype >f8"),
+    "weights": (lambda: nn.attention_weights(X, X.astype(np.float16)), r"attention_weights: k has dtype float16"),
     "gelu": (lambda: nn.gelu(X.astype(np.float16)), r"gelu: x has dtype float16"),
     "softmax": (lambda: nn.softmax(X.astype(">f8")), r"softmax: x has dtype >f8"),
     "relu": (lambda: nn.relu([1.0, 2.0]), r"relu: x has list"),  # type: ignore[arg-type]
@@ -122,6 +145,7 @@ VJPS = {
     "softmax": lambda: nn.softmax(X),
     "relu": lambda: nn.relu(X),
     "matmul": lambda: nn.matmul(X, X.swapaxes(-1, -2)),
+    "scaled_dot_product_attention": attention,
     "conv2d": conv2d,
     "conv_transpose2d": transpose,
     "resize_bilinear": lambda: nn.resize_bilinear(X, (3, 3), False),

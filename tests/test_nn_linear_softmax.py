@@ -82,29 +82,6 @@ def test_linear_without_bias_has_no_bias_gradient() -> None:
     assert vjp(y)[2] is None
 
 
-# Products of stacks of matrices
-
-
-@st.composite
-def products(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    leading, (n, k, m) = draw(st.lists(small, max_size=2)), (draw(small) for _ in range(3))
-    return (*leading, n, k), (*leading, k, m)
-
-
-@given(products(), seeds, layouts)
-def test_matmul_is_torchs(arrays: tuple[tuple[int, ...], ...], seed: int, layout: str) -> None:
-    rng = np.random.default_rng(seed)
-    assert_same_as_torch(nn.matmul, torch.matmul, normal_arrays(rng, *arrays, layout=layout), rng)
-    check_vjp(nn.matmul, normal_arrays(rng, *arrays), rng)
-
-
-@given(products(), seeds)
-def test_matmul_rounds_as_sums_of_products_do(arrays: tuple[tuple[int, ...], ...], seed: int) -> None:
-    (*_, n, k), (*_, m) = arrays
-    rng = np.random.default_rng(seed)
-    assert_multilinear_in_float32(nn.matmul, normal_arrays(rng, *arrays), [k, m, n], rng)
-
-
 # Softmax
 
 

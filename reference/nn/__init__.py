@@ -4,9 +4,11 @@ Every function is pure, keeps the dtype of its input, and refuses others, empty 
 the argument. The NumPy forms are the specification; most have a compiled twin beside them.
 """
 
+from .attention import attention_weights, scaled_dot_product_attention
 from .batch_norm import BatchNorm, batch_norm
 from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d
+from .differentiable import without_vjps
 from .dropout import dropout
 from .gelu import gelu
 from .group_norm import group_norm
@@ -23,6 +25,7 @@ from .standardize import standardize_weight_deviation, standardize_weight_varian
 
 __all__ = [
     "BatchNorm",
+    "attention_weights",
     "batch_norm",
     "conv2d",
     "conv_transpose2d",
@@ -38,7 +41,9 @@ __all__ = [
     "relu6",
     "resize_bilinear",
     "same_padding",
+    "scaled_dot_product_attention",
     "softmax",
     "standardize_weight_deviation",
     "standardize_weight_variance",
+    "without_vjps",
 ]

@@ -14,6 +14,7 @@ import numpy as np
 from reference.implementation import twinned
 
 from .checks import Array, check_arrays, check_gradient, check_shape
+from .differentiable import differentiable
 
 
 class BatchNorm(NamedTuple):
@@ -27,6 +28,7 @@ class BatchNorm(NamedTuple):
 Vjp = Callable[[BatchNorm], tuple[Array, Array, Array]]
 
 
+@differentiable
 def batch_norm(
     x: Array,
     weight: Array,

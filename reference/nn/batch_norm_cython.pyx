@@ -11,6 +11,8 @@ from cython.parallel cimport prange
 from reference.nn.sums cimport total, total_of_products, total_of_squares
 from reference.nn.vectorised cimport VECTORISED
 
+from reference.nn.memory import empty_like
+
 cdef Py_ssize_t FEW = 32768  # elements for which waking other threads does not pay
 
 
@@ -24,7 +26,7 @@ def moments(x):
 def affine(x, mean, scale, bias):
     """Return (x - mean) * scale + bias of x (B, C, H * W), the others (C,)."""
     x = np.ascontiguousarray(x)
-    y = np.empty_like(x)
+    y = empty_like(x)
     _affine(x, *(np.ascontiguousarray(part) for part in (mean, scale, bias)), y)
     return y
 
@@ -39,7 +41,7 @@ def channel_sums(dy, x, mean):
 def combine(dy, x, mean, direct, constant, slope):
     """Return direct * dy + constant + slope * (x - mean) of dy, x (B, C, H * W), the others (C,)."""
     dy, x = np.ascontiguousarray(dy), np.ascontiguousarray(x)
-    dx = np.empty_like(x)
+    dx = empty_like(x)
     _combine(dy, x, *(np.ascontiguousarray(part) for part in (mean, direct, constant, slope)), dx)
     return dx
 

@@ -17,10 +17,12 @@ import numpy as np
 from reference.implementation import twinned
 
 from .checks import Array, Padding, Pair, check_arrays, check_gradient, check_positive, check_shape, padding_pairs, window_count
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], tuple[Array, Array, Array | None]]
 
 
+@differentiable
 def conv2d(x: Array, weight: Array, bias: Array | None = None, stride: int = 1, padding: Padding = 0) -> tuple[Array, Vjp]:
     """Convolve x (B, C, H, W) with weight (O, C, kh, kw), bias (O,) or None, all of one float dtype; result (B, O, h, w).
 

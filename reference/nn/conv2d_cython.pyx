@@ -25,18 +25,21 @@ import numpy as np
 from cython cimport floating
 from cython.parallel cimport prange, threadid
 
-from reference.nn import winograd_cython
+from reference.nn import matmul_cython, winograd_cython
 from reference.nn.product cimport ROWS, WIDTH, aligned, multiply, omp_get_max_threads
 from reference.nn.vectorised cimport VECTORISED
 from reference.nn.windows cimport Windows, gather, scatter
 
-_BLOCK = 1 << 20  # entries: a few MiB, which the second-level cache nearly holds between filling and multiplying
-_WORTH = 1000  # positions from which Winograd's fewer products outweigh the transformation of the weight
+from reference.nn.memory import empty, workspace
 
 cdef enum:
     TERMS = 512  # rows of columns, PANELS * WIDTH wide, that stay in the second-level cache between filling and multiplying
-    PANELS = 4
+    PANELS = 8
     TASKS = 16  # at least, where there is work enough, so that they share out evenly
+
+_BLOCK = 1 << 21  # entries of columns at a time in the adjoints
+_FEW = 4 * PANELS * WIDTH  # positions that are too few to share out
+_WORTH = 1000  # positions from which Winograd's fewer products outweigh the transformation of the weight
 
 
 def correlate(x, weight, bias, stride, padding, out):
@@ -44,15 +47,29 @@ def correlate(x, weight, bias, stride, padding, out):
     if _is_winograds(weight.shape[2:], stride, len(x), out):
         return winograd_cython.correlate(x, weight, bias, padding, out)
     outputs, terms, taps = len(weight), weight[0].size, weight[0, 0].size
-    y = np.empty((len(x), outputs, *out), x.dtype)
+    if out[0] * out[1] <= _FEW:
+        return _correlate_whole(np.ascontiguousarray(x), weight.reshape(outputs, terms), bias, weight.shape[2:], stride, padding, out)
+    y = empty((len(x), outputs, *out), x.dtype)
     bias = np.zeros(outputs, x.dtype) if bias is None else bias
     panels = (outputs + ROWS - 1) // ROWS
-    packed = np.empty((panels, terms, ROWS), x.dtype)
-    entries = (min(terms, TERMS + taps) + panels * ROWS) * PANELS * WIDTH + 16
-    scratch = np.empty((omp_get_max_threads(), entries), x.dtype)
+    packed = workspace("conv2d.packed", panels * terms * ROWS, x.dtype)[: panels * terms * ROWS].reshape(panels, terms, ROWS)
+    each = (min(terms, TERMS + taps) + panels * ROWS) * PANELS * WIDTH + 16
+    scratch = workspace("conv2d", omp_get_max_threads() * each, x.dtype)[: omp_get_max_threads() * each].reshape(-1, each)
     w = _windows(x, out, weight.shape[2:], stride, padding)
     _correlate(np.ascontiguousarray(x), weight.reshape(outputs, terms), bias, y, packed, scratch, w)
     return y
+
+
+def _correlate_whole(x, weight, bias, kernel, stride, padding, out):
+    """The same where an image has few positions: the weight is most of the work, and is read where it is."""
+    y = empty((len(x), len(weight), out[0] * out[1]), x.dtype)
+    columns, w = empty((weight.shape[1], y.shape[2]), x.dtype), _windows(x, out, kernel, stride, padding)
+    for image in range(len(x)):
+        _fill(x[image], columns, w, 0)
+        y[image] = matmul_cython.product(weight, columns, None)
+    if bias is not None:
+        y += bias[:, None]
+    return y.reshape(len(x), len(weight), *out)
 
 
 def correlate_adjoint_x(dy, weight, stride, padding, size):
@@ -64,11 +81,13 @@ def correlate_adjoint_x(dy, weight, stride, padding, size):
     transposed = weight.reshape(len(weight), -1).T
     dy = dy.reshape(*dy.shape[:2], -1)
     if _is_a_product(kernel, stride, out, size):
-        return np.matmul(transposed, dy).reshape(len(dy), -1, *size)
+        return matmul_cython.product(np.broadcast_to(transposed, (len(dy), *transposed.shape)), dy, None).reshape(
+            len(dy), -1, *size
+        )
     dx = np.zeros((len(dy), weight.shape[1], *size), dy.dtype)
     w = _windows(dx, out, kernel, stride, padding)
     for image, positions, columns in _blocks(len(dy), len(transposed), out, dy.dtype):
-        np.matmul(transposed, dy[image, :, positions], out=columns)
+        columns = matmul_cython.product(transposed, dy[image, :, positions], None)
         _spread(columns, dx[image], w, positions.start)
     return dx
 
@@ -85,7 +104,7 @@ def correlate_adjoint_weight(dy, x, stride, padding, kernel):
             columns = x[image].reshape(terms, -1)[:, positions]
         else:
             _fill(x[image], columns, w, positions.start)
-        dweight += np.matmul(dy[image, :, positions], columns.T)
+        dweight += matmul_cython.product(dy[image, :, positions], columns.T, None)
     return dweight.reshape(dy.shape[1], x.shape[1], *kernel)
 
 
@@ -114,8 +133,8 @@ def _windows(x, out, kernel, stride, padding):
 def _blocks(batch, terms, out, dtype):
     """Yield (image, slice of positions, columns to use) for every block of output positions."""
     positions = out[0] * out[1]
-    most = min(max(_BLOCK // terms, 1), positions)
-    buffer = np.empty(terms * most, dtype)
+    most = min(max(_BLOCK // terms // WIDTH, 1) * WIDTH, positions)
+    buffer = empty((terms * most,), dtype)
     for image in range(batch):
         for first in range(0, positions, most):
             count = min(most, positions - first)
@@ -205,7 +224,7 @@ cdef void run(
         for q in range(panels):
             for p in range(weight.shape[0]):
                 at = total + q * size + p * ROWS * WIDTH
-                multiply(&weight[p, c * taps, 0], columns + q * rows * WIDTH, at, channels * taps)
+                multiply(&weight[p, c * taps, 0], columns + q * rows * WIDTH, at, channels * taps, WIDTH)
         c += channels
     for r in range(min(weight.shape[0] * ROWS, y.shape[0] - output)):
         write(total + r * WIDTH, size, bias[output + r], &y[output + r, 0, 0] + first, count)

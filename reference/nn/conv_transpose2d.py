@@ -11,12 +11,14 @@ from collections.abc import Callable
 
 from .checks import Array, check_arrays, check_gradient, check_positive, check_shape
 from .conv2d import correlate, correlate_adjoint_weight, correlate_adjoint_x
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], tuple[Array, Array, Array | None]]
 
 _NO_PADDING = ((0, 0), (0, 0))
 
 
+@differentiable
 def conv_transpose2d(x: Array, weight: Array, bias: Array | None = None, stride: int = 1) -> tuple[Array, Vjp]:
     """Map x (B, I, H, W) with weight (I, O, kh, kw), bias (O,) or None, to (B, O, (H - 1) stride + kh, (W - 1) stride + kw).
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .checks import Array, check_arrays, check_gradient
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], Array]
 
 
+@differentiable
 def dropout(x: Array, mask: Array, p: float) -> tuple[Array, Vjp]:
     """Return x * mask / (1 - p): `mask`, bool of x's shape, is True where a value is kept, which has probability 1 - p.
 

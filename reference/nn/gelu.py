@@ -23,6 +23,7 @@ import numpy as np
 from reference.implementation import twinned
 
 from .checks import Array, check_arrays, check_gradient
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], Array]
 
@@ -59,6 +60,7 @@ MILLS = {
 _BLOCK = 16384  # elements at a time: the handful of temporaries then stay in the cache, which is several times faster
 
 
+@differentiable
 def gelu(x: Array) -> tuple[Array, Vjp]:
     """Return x Phi(x) for a float array of any shape; vjp(dy) -> dx = dy (Phi(x) + x phi(x)). Raises TypeError for dtypes."""
     check_arrays("gelu", x=x)

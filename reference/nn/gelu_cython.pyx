@@ -1,27 +1,27 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Compiled twin of gelu.py: the same rational function and exponential, in registers from an element's read to its write.
 
-The loop over a part has no branch and calls nothing, so that the compiler computes eight or sixteen elements at a time.
-
-One thread does it all. After a loop on several, OpenMP's threads wait on their processors for milliseconds. There they hold up
-the next product of NumPy's library, which has threads of its own, and in a transformer every second step is a product.
+The loop over a part has no branch and calls nothing, so that the compiler computes eight or sixteen elements at a time. Threads
+share the parts, whose length does not depend on how many threads there are.
 """
 
 import numpy as np
 
 from cython cimport floating
+from cython.parallel cimport prange
 from reference.nn.exponential cimport exponential
 from reference.nn.vectorised cimport VECTORISED
 
 from reference.nn.gelu import MILLS
+from reference.nn.memory import empty_like
 
-cdef Py_ssize_t PART = 8192  # elements, whose dy, x and dx the first-level cache nearly holds
+cdef Py_ssize_t PART = 8192  # elements that one thread takes at a time
 
 
 def weigh(x):
     """Return x Phi(x) of x (n,)."""
     x, mills = np.ascontiguousarray(x), MILLS[x.dtype]
-    y = np.empty_like(x)
+    y = empty_like(x)
     _weigh(x, y, np.array([*mills.p, *mills.q], x.dtype), mills.limit)
     return y
 
@@ -29,27 +29,25 @@ def weigh(x):
 def weigh_adjoint(dy, x):
     """Return dx (n,) of dy, x (n,)."""
     x, mills = np.ascontiguousarray(x), MILLS[x.dtype]
-    dx = np.empty_like(x)
+    dx = empty_like(x)
     _weigh_adjoint(np.ascontiguousarray(dy), x, dx, np.array([*mills.p, *mills.q], x.dtype), mills.limit)
     return dx
 
 
 def _weigh(const floating[::1] x, floating[::1] y, const floating[::1] mills, floating limit):
     cdef Py_ssize_t n = x.shape[0], part
-    with nogil:
-        for part in range((n + PART - 1) // PART):
-            _weigh_part(&x[part * PART], &y[part * PART], min(PART, n - part * PART), &mills[0], limit)
+    for part in prange((n + PART - 1) // PART, nogil=True, schedule="static", use_threads_if=n > 4 * PART):
+        _weigh_part(&x[part * PART], &y[part * PART], min(PART, n - part * PART), &mills[0], limit)
 
 
 def _weigh_adjoint(
     const floating[::1] dy, const floating[::1] x, floating[::1] dx, const floating[::1] mills, floating limit
 ):
     cdef Py_ssize_t n = x.shape[0], part
-    with nogil:
-        for part in range((n + PART - 1) // PART):
-            _adjoint_part(
-                &dy[part * PART], &x[part * PART], &dx[part * PART], min(PART, n - part * PART), &mills[0], limit
-            )
+    for part in prange((n + PART - 1) // PART, nogil=True, schedule="static", use_threads_if=n > 4 * PART):
+        _adjoint_part(
+            &dy[part * PART], &x[part * PART], &dx[part * PART], min(PART, n - part * PART), &mills[0], limit
+        )
 
 
 cdef VECTORISED _weigh_part(

@@ -9,10 +9,12 @@ import numpy as np
 from reference.implementation import twinned
 
 from .checks import Array, check_arrays, check_gradient, check_positive, check_shape
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], tuple[Array, Array, Array]]
 
 
+@differentiable
 def group_norm(x: Array, groups: int, weight: Array, bias: Array, eps: float = 1e-5) -> tuple[Array, Vjp]:
     """Normalise x (B, C, H, W) over each of `groups` runs of C / groups channels; weight and bias (C,) act per channel.
 

@@ -12,13 +12,15 @@ from libc.math cimport sqrt
 from reference.nn.sums cimport total, total_of_products, total_of_squares
 from reference.nn.vectorised cimport VECTORISED
 
+from reference.nn.memory import empty_like
+
 cdef Py_ssize_t FEW = 32768  # elements for which waking other threads does not pay
 
 
 def standardize_groups(x, weight, bias, eps):
     """Return y, mean (B, G, 1, 1) and scale (B, G, 1, 1) of x (B, G, C / G, H * W), weight and bias (G, C / G)."""
     x = np.ascontiguousarray(x)
-    y, mean, scale = np.empty_like(x), np.empty((*x.shape[:2], 1, 1), x.dtype), np.empty((*x.shape[:2], 1, 1), x.dtype)
+    y, mean, scale = empty_like(x), np.empty((*x.shape[:2], 1, 1), x.dtype), np.empty((*x.shape[:2], 1, 1), x.dtype)
     _groups(x, np.ascontiguousarray(weight), np.ascontiguousarray(bias), eps, y, mean, scale)
     return y, mean, scale
 
@@ -26,7 +28,7 @@ def standardize_groups(x, weight, bias, eps):
 def standardize_groups_adjoint(dy, x, mean, scale, weight):
     """Return dx, dweight and dbias (G, C / G)."""
     dy, x = np.ascontiguousarray(dy), np.ascontiguousarray(x)
-    dx, sums = np.empty_like(x), np.empty((2, *x.shape[:3]), x.dtype)
+    dx, sums = empty_like(x), np.empty((2, *x.shape[:3]), x.dtype)
     _adjoint(dy, x, mean, scale, np.ascontiguousarray(weight), dx, sums)
     return dx, *sums.sum(axis=1)
 

@@ -15,10 +15,12 @@ import numpy as np
 
 from .checks import Array, Padding, check_arrays, check_gradient, check_positive, check_shape, padding_pairs, window_count
 from .conv2d import taps
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], tuple[Array, Array]]
 
 
+@differentiable
 def grouped_conv2d(x: Array, weight: Array, groups: int, stride: int = 1, padding: Padding = 0) -> tuple[Array, Vjp]:
     """Convolve x (B, C, H, W) with weight (O, C / groups, kh, kw), both of one float dtype; result (B, O, h, w).
 

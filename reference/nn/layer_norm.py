@@ -9,10 +9,12 @@ import numpy as np
 from reference.implementation import twinned
 
 from .checks import Array, check_arrays, check_gradient, check_shape
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], tuple[Array, Array, Array]]
 
 
+@differentiable
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, Vjp]:
     """Return (x - mean) / sqrt(var + eps) * weight + bias for x (..., D) and weight, bias (D,), all of one float dtype.
 

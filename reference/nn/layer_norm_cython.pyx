@@ -1,25 +1,27 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Compiled twin of layer_norm.py: mean, variance and result of a row while the first-level cache holds it.
 
-x is read from memory once, where NumPy passes over it for every step.
-
-One thread does it all. After a loop on several, OpenMP's threads wait on their processors for milliseconds. There they hold up
-the next product of NumPy's library, which has threads of its own, and in a transformer every second step is a product.
+x is read from memory once, where NumPy passes over it for every step. Threads share the rows; what the vjp sums over rows it sums
+in parts of a length that does not depend on the threads.
 """
 
 import numpy as np
 
 from cython cimport floating
+from cython.parallel cimport prange
 from libc.math cimport sqrt
 from reference.nn.sums cimport total, total_of_products, total_of_squares
 from reference.nn.vectorised cimport VECTORISED
 
+from reference.nn.memory import empty_like
+
+cdef Py_ssize_t FEW = 32768  # elements for which waking other threads does not pay
 
 
 def standardize_rows(x, weight, bias, eps):
     """Return y (n, D), mean (n, 1) and scale (n, 1) = 1 / sqrt(var + eps) of x (n, D)."""
     x = np.ascontiguousarray(x)
-    y, mean, scale = np.empty_like(x), np.empty((len(x), 1), x.dtype), np.empty((len(x), 1), x.dtype)
+    y, mean, scale = empty_like(x), np.empty((len(x), 1), x.dtype), np.empty((len(x), 1), x.dtype)
     _rows(x, np.ascontiguousarray(weight), np.ascontiguousarray(bias), eps, y, mean, scale)
     return y, mean, scale
 
@@ -27,7 +29,7 @@ def standardize_rows(x, weight, bias, eps):
 def standardize_rows_adjoint(dy, x, mean, scale, weight):
     """Return dx (n, D), dweight and dbias (D,)."""
     dy, x = np.ascontiguousarray(dy), np.ascontiguousarray(x)
-    dx, length = np.empty_like(x), max(16, len(x) // 16)
+    dx, length = empty_like(x), max(16, len(x) // 16)
     sums = np.zeros((2, (len(x) + length - 1) // length, x.shape[1]), x.dtype)
     _adjoint(dy, x, mean, scale, np.ascontiguousarray(weight), dx, sums, length)
     return dx, *sums.sum(axis=1)
@@ -43,9 +45,8 @@ def _rows(
     floating[:, ::1] scale,
 ):
     cdef Py_ssize_t r, n = x.shape[1]
-    with nogil:
-        for r in range(x.shape[0]):
-            _row(&x[r, 0], &weight[0], &bias[0], eps, n, &y[r, 0], &mean[r, 0], &scale[r, 0])
+    for r in prange(x.shape[0], nogil=True, schedule="static", use_threads_if=x.shape[0] * n > FEW):
+        _row(&x[r, 0], &weight[0], &bias[0], eps, n, &y[r, 0], &mean[r, 0], &scale[r, 0])
 
 
 def _adjoint(
@@ -59,12 +60,11 @@ def _adjoint(
     Py_ssize_t length,
 ):
     cdef Py_ssize_t part, r, n = x.shape[1]
-    with nogil:
-        for part in range(sums.shape[1]):
-            for r in range(part * length, min((part + 1) * length, x.shape[0])):
-                _adjoint_row(
-                    &dy[r, 0], &x[r, 0], mean[r, 0], scale[r, 0], &weight[0], n, &dx[r, 0], &sums[0, part, 0], &sums[1, part, 0]
-                )
+    for part in prange(sums.shape[1], nogil=True, schedule="static", use_threads_if=x.shape[0] * n > FEW):
+        for r in range(part * length, min((part + 1) * length, x.shape[0])):
+            _adjoint_row(
+                &dy[r, 0], &x[r, 0], mean[r, 0], scale[r, 0], &weight[0], n, &dx[r, 0], &sums[0, part, 0], &sums[1, part, 0]
+            )
 
 
 cdef VECTORISED _row(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from .checks import Array, check_arrays, check_gradient, check_shape
+from .differentiable import differentiable
+from .matmul import product
 
 Vjp = Callable[[Array], tuple[Array, Array, Array | None]]
 
 
+@differentiable
 def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, Vjp]:
     """Map (..., I) to (..., O) with weight (O, I) and bias (O,) or None, all of one float dtype.
 
@@ -23,14 +24,12 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, V
         raise ValueError(f"linear: x has shape {x.shape}: expected (..., {weight.shape[1]}), as weight has shape {weight.shape}")
     shape, has_bias = (*x.shape[:-1], weight.shape[0]), bias is not None
     rows = x.reshape(-1, x.shape[-1])
-    y = np.matmul(rows, weight.T)
-    if bias is not None:
-        y += bias
+    y = product(rows, weight.T, bias)
 
     def vjp(dy: Array) -> tuple[Array, Array, Array | None]:
         check_gradient("linear", dy, shape, weight.dtype)
         dy = dy.reshape(len(rows), -1)
-        dx = np.matmul(dy, weight).reshape(*shape[:-1], -1)
-        return dx, np.matmul(dy.T, rows), dy.sum(axis=0) if has_bias else None
+        dx = product(dy, weight, None).reshape(*shape[:-1], -1)
+        return dx, product(dy.T, rows, None), dy.sum(axis=0) if has_bias else None
 
     return y.reshape(shape), vjp

@@ -6,11 +6,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from reference.implementation import twinned
+
 from .checks import Array, check_arrays, check_gradient
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], tuple[Array, Array]]
 
 
+@differentiable
 def matmul(a: Array, b: Array) -> tuple[Array, Vjp]:
     """Return a b for a (..., N, K) and b (..., K, M) of one float dtype and the same leading axes; vjp(dy) -> da, db.
 
@@ -23,6 +27,15 @@ def matmul(a: Array, b: Array) -> tuple[Array, Vjp]:
 
     def vjp(dy: Array) -> tuple[Array, Array]:
         check_gradient("matmul", dy, shape, a.dtype)
-        return np.matmul(dy, b.swapaxes(-1, -2)), np.matmul(a.swapaxes(-1, -2), dy)
+        return product(dy, b.swapaxes(-1, -2), None), product(a.swapaxes(-1, -2), dy, None)
 
-    return np.matmul(a, b), vjp
+    return product(a, b, None), vjp
+
+
+@twinned
+def product(a: Array, b: Array, bias: Array | None) -> Array:
+    """Return a b + bias of a (..., N, K), b (..., K, M) and bias (M,) or None: (..., N, M)."""
+    y = np.matmul(a, b)
+    if bias is not None:
+        y += bias
+    return y

@@ -10,10 +10,12 @@ from reference.implementation import twinned
 
 from .checks import Array, Padding, Pair, check_arrays, check_gradient, check_positive, check_shape, padding_pairs, window_count
 from .conv2d import taps
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], Array]
 
 
+@differentiable
 def max_pool2d(x: Array, kernel: int, stride: int, padding: Padding = 0) -> tuple[Array, Vjp]:
     """Return the maximum of each kernel x kernel window of x (B, C, H, W), windows `stride` apart: (B, C, h, w).
 

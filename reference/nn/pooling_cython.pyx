@@ -11,13 +11,15 @@ from cython.parallel cimport prange
 from libc.stdint cimport int32_t
 from reference.nn.vectorised cimport VECTORISED
 
+from reference.nn.memory import empty
+
 cdef Py_ssize_t FEW = 32768  # elements for which waking other threads does not pay
 
 
 def window_maxima(x, kernel, stride, out):
     """Return y (B, C, *out) and the winning tap of each window of x (B, C, H, W), which is padded."""
     planes = np.ascontiguousarray(x).reshape(-1, *x.shape[2:])
-    y, winner = np.empty((len(planes), *out), x.dtype), np.empty((len(planes), *out), np.int32)
+    y, winner = empty((len(planes), *out), x.dtype), np.empty((len(planes), *out), np.int32)
     _maxima(planes, y, winner, kernel, stride)
     return y.reshape(*x.shape[:2], *out), winner.reshape(*x.shape[:2], *out)
 

@@ -9,10 +9,12 @@ import numpy as np
 from reference.implementation import twinned
 
 from .checks import Array, check_arrays, check_gradient
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], Array]
 
 
+@differentiable
 def relu(x: Array) -> tuple[Array, Vjp]:
     """Return max(x, 0) for a float array of any shape; vjp(dy) -> dx, which is 0 where x is 0. Raises TypeError for dtypes."""
     check_arrays("relu", x=x)

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import numpy as np
 
 from .checks import Array, check_arrays, check_gradient
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], Array]
 
 
+@differentiable
 def relu6(x: Array) -> tuple[Array, Vjp]:
     """Return min(max(x, 0), 6) for a float array of any shape; vjp(dy) -> dx, 0 at 0 and 6. Raises TypeError for dtypes."""
     check_arrays("relu6", x=x)

@@ -7,13 +7,15 @@ from cython cimport floating
 from cython.parallel cimport prange
 from reference.nn.vectorised cimport VECTORISED
 
+from reference.nn.memory import empty_like
+
 cdef Py_ssize_t PART = 16384  # elements that one thread takes at a time
 
 
 def rectify(x):
     """Return max(x, 0) of x (n,)."""
     x = np.ascontiguousarray(x)
-    y = np.empty_like(x)
+    y = empty_like(x)
     _rectify(x, y)
     return y
 
@@ -21,7 +23,7 @@ def rectify(x):
 def rectify_adjoint(dy, y):
     """Return dy where y > 0 and 0 elsewhere, of dy, y (n,)."""
     y = np.ascontiguousarray(y)
-    dx = np.empty_like(y)
+    dx = empty_like(y)
     _adjoint(np.ascontiguousarray(dy), y, dx)
     return dx
 

@@ -14,6 +14,7 @@ import numpy as np
 from reference.implementation import twinned
 
 from .checks import Array, Pair, check_arrays, check_gradient, check_positive, check_shape
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], Array]
 
@@ -26,6 +27,7 @@ class Axis(NamedTuple):
     weight: Array  # (n,) of the map's dtype, in [0, 1]
 
 
+@differentiable
 def resize_bilinear(x: Array, size: Pair, align_corners: bool) -> tuple[Array, Vjp]:
     """Resize x (B, C, H, W), float, to (B, C, h, w) with size = (h, w), without antialiasing; vjp(dy) -> dx.
 

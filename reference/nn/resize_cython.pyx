@@ -14,6 +14,8 @@ from cython.parallel cimport prange
 from libc.stdint cimport int32_t
 from reference.nn.vectorised cimport VECTORISED
 
+from reference.nn.memory import empty
+
 cdef Py_ssize_t FEW = 32768  # elements for which waking other threads does not pay
 PARTS = 64  # at most so many threads share the planes; each has a buffer
 
@@ -21,7 +23,7 @@ PARTS = 64  # at most so many threads share the planes; each has a buffer
 def interpolate(x, rows, columns):
     """Return x (B, C, H, W) read at `rows` and `columns`: (B, C, h, w)."""
     planes = np.ascontiguousarray(x).reshape(-1, *x.shape[2:])
-    y = np.empty((len(planes), len(rows.weight), len(columns.weight)), x.dtype)
+    y = empty((len(planes), len(rows.weight), len(columns.weight)), x.dtype)
     index = np.stack([columns.before, columns.after]).astype(np.int32)
     weight = np.stack([1 - columns.weight, columns.weight])
     buffers = np.empty((min(len(planes), PARTS), 2, y.shape[2]), x.dtype)
@@ -32,7 +34,7 @@ def interpolate(x, rows, columns):
 def interpolate_adjoint(dy, rows, columns, size):
     """Return dx (B, C, *size) of dy (B, C, h, w)."""
     planes = np.ascontiguousarray(dy).reshape(-1, *dy.shape[2:])
-    dx = np.empty((len(planes), *size), dy.dtype)
+    dx = empty((len(planes), *size), dy.dtype)
     buffers = np.zeros((min(len(planes), PARTS), dy.shape[3] + 1), dy.dtype)
     _adjoint(planes, dx, buffers, *_readers(rows, size[0]), *_readers(columns, size[1]))
     return dx.reshape(*dy.shape[:2], *size)

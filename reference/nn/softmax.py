@@ -9,10 +9,12 @@ import numpy as np
 from reference.implementation import twinned
 
 from .checks import Array, check_arrays, check_gradient
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], Array]
 
 
+@differentiable
 def softmax(x: Array, axis: int = -1) -> tuple[Array, Vjp]:
     """Return the softmax of a float array of any shape along `axis`; vjp(dy) -> dx.
 

@@ -1,25 +1,26 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Compiled twin of softmax.py: a row at a time, which stays in the first-level cache from its maximum to its last quotient.
 
-The exponential and the sums are written so that the compiler vectorises them (exponential.pxd, sums.pxd).
-
-One thread does it all. After a loop on several, OpenMP's threads wait on their processors for milliseconds. There they hold up
-the next product of NumPy's library, which has threads of its own, and in a transformer every second step is a product.
+The exponential and the sums are written so that the compiler vectorises them (exponential.pxd, sums.pxd). Threads share the rows.
 """
 
 import numpy as np
 
 from cython cimport floating
+from cython.parallel cimport prange
 from reference.nn.exponential cimport exponential
 from reference.nn.sums cimport greatest, total, total_of_products
 from reference.nn.vectorised cimport VECTORISED
 
+from reference.nn.memory import empty_like
+
+cdef Py_ssize_t FEW = 32768  # elements for which waking other threads does not pay
 
 
 def proportions(x, axis):
     """Return exp(x) / sum exp(x) along `axis`."""
     rows = np.ascontiguousarray(np.moveaxis(x, axis, -1))
-    y = np.empty_like(rows)
+    y = empty_like(rows)
     _proportions(rows.reshape(-1, x.shape[axis]), y.reshape(-1, x.shape[axis]))
     return np.ascontiguousarray(np.moveaxis(y, -1, axis))
 
@@ -28,23 +29,21 @@ def proportions_adjoint(dy, y, axis):
     """Return dx of dy and y = proportions(x)."""
     n = y.shape[axis]
     dy, y = (np.ascontiguousarray(np.moveaxis(array, axis, -1)) for array in (dy, y))
-    dx = np.empty_like(y)
+    dx = empty_like(y)
     _adjoint(*(array.reshape(-1, n) for array in (dy, y, dx)))
     return np.ascontiguousarray(np.moveaxis(dx, -1, axis))
 
 
 def _proportions(const floating[:, ::1] x, floating[:, ::1] y):
     cdef Py_ssize_t r, n = x.shape[1]
-    with nogil:
-        for r in range(x.shape[0]):
-            _row(&x[r, 0], &y[r, 0], n)
+    for r in prange(x.shape[0], nogil=True, schedule="static", use_threads_if=x.shape[0] * n > FEW):
+        _row(&x[r, 0], &y[r, 0], n)
 
 
 def _adjoint(const floating[:, ::1] dy, const floating[:, ::1] y, floating[:, ::1] dx):
     cdef Py_ssize_t r, n = y.shape[1]
-    with nogil:
-        for r in range(y.shape[0]):
-            _adjoint_row(&dy[r, 0], &y[r, 0], &dx[r, 0], n)
+    for r in prange(y.shape[0], nogil=True, schedule="static", use_threads_if=y.shape[0] * n > FEW):
+        _adjoint_row(&dy[r, 0], &y[r, 0], &dx[r, 0], n)
 
 
 cdef VECTORISED _row(const floating* x, floating* y, Py_ssize_t n) noexcept nogil:

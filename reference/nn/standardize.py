@@ -13,10 +13,12 @@ import numpy as np
 
 from .batch_norm import affine, channel_sums, combine, moments
 from .checks import Array, check_arrays, check_gradient
+from .differentiable import differentiable
 
 Vjp = Callable[[Array], Array]
 
 
+@differentiable
 def standardize_weight_variance(w: Array, eps: float = 1e-8) -> tuple[Array, Vjp]:
     """Return (w - mean) / sqrt(var + eps) per output channel of w (O, ...): today's timm; vjp(dy) -> dw."""
     filters = _filters("standardize_weight_variance", w)
@@ -31,6 +33,7 @@ def standardize_weight_variance(w: Array, eps: float = 1e-8) -> tuple[Array, Vjp
     return y, vjp
 
 
+@differentiable
 def standardize_weight_deviation(w: Array, eps: float = 1e-5) -> tuple[Array, Vjp]:
     """Return (w - mean) / (std + eps) per output channel of w (O, ...): what the authors' files were trained with; vjp(dy) -> dw.
 

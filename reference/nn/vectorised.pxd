@@ -10,8 +10,11 @@ cdef extern from *:
     """
     #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
     #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) void
+    #define has_avx512() (__builtin_cpu_supports("avx512f") != 0)
     #else
     #define VECTORISED void
+    #define has_avx512() 0
     #endif
     """
     ctypedef void VECTORISED
+    bint has_avx512() nogil  # whether the copy for AVX-512 is the one taken

@@ -29,6 +29,8 @@ from cython.parallel cimport prange, threadid
 from reference.nn.product cimport ROWS, WIDTH, aligned, multiply, omp_get_max_threads
 from reference.nn.vectorised cimport VECTORISED
 
+from reference.nn.memory import empty, workspace
+
 cdef enum:
     PIXELS = 2 * WIDTH + 2  # of one row of x that a row of tiles sees
     GROUP = 8  # panels of outputs that use V_f while it is in the first-level cache
@@ -38,9 +40,11 @@ cdef enum:
 def correlate(x, weight, bias, padding, out):
     """Return y (B, O, *out) of x (B, C, H, W), weight (O, C, 3, 3) and bias (O,) or None, at stride 1."""
     outputs, channels = weight.shape[:2]
-    y = np.empty((len(x), outputs, *out), x.dtype)
-    u = np.empty(((outputs + ROWS - 1) // ROWS, 16, channels, ROWS), x.dtype)
-    scratch = np.empty((omp_get_max_threads(), 16 * (channels * WIDTH + APART) + GROUP * 16 * ROWS * WIDTH + 64), x.dtype)
+    y = empty((len(x), outputs, *out), x.dtype)
+    panels, each = (outputs + ROWS - 1) // ROWS, 16 * channels * ROWS
+    u = workspace("winograd.u", panels * each, x.dtype)[: panels * each].reshape(panels, 16, channels, ROWS)
+    each = 16 * (channels * WIDTH + APART) + GROUP * 16 * ROWS * WIDTH + 64
+    scratch = workspace("winograd", omp_get_max_threads() * each, x.dtype)[: omp_get_max_threads() * each].reshape(-1, each)
     bias = np.zeros(outputs, x.dtype) if bias is None else bias
     _correlate(np.ascontiguousarray(x), weight, bias, y, u, scratch, padding[0][0], padding[1][0])
     return y
@@ -124,7 +128,7 @@ cdef void run(
             m[n] = 0
         for f in range(16):
             for p in range(panels):
-                multiply(&u[panel + p, f, 0, 0], v + f * apart, m + (p * 16 + f) * ROWS * WIDTH, channels)
+                multiply(&u[panel + p, f, 0, 0], v + f * apart, m + (p * 16 + f) * ROWS * WIDTH, channels, WIDTH)
         tile = first
         while tile < stop:
             row, column = tile // across, tile % across

@@ -53,7 +53,7 @@ def conv2d(params: Params, prefix: str, x: np.ndarray, stride: int = 1, padding:
     return _named(nn.conv2d(x, weight, bias, stride=stride, padding=padding), f"{prefix}.weight", f"{prefix}.bias")
 
 
-def conv2d_without_bias(params: Params, prefix: str, x: np.ndarray, padding: Padding = 0) -> Result:
+def conv2d_without_bias(params: Params, prefix: str, x: np.ndarray, padding: Padding) -> Result:
     """`nn.conv2d` with `{prefix}.weight` alone."""
     return _named(nn.conv2d(x, take(params, f"{prefix}.weight"), None, padding=padding), f"{prefix}.weight")
 

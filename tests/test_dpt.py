@@ -13,6 +13,7 @@ import accelerated
 import reference
 from accelerated.dpt import DPT
 from reference.dpt import check_taps
+from reference.parameters import take
 from tests import midas
 from tests.equality import MODEL, assert_same, assert_same_dict
 from tests.models import configs, grids, model_parameters, small, torch_vjp
@@ -258,3 +259,38 @@ def test_initialize_gives_the_tensors_of_the_configuration_and_a_depth_that_is_a
     assert {v.dtype for v in params.values()} == {np.dtype(np.float32)}
     depth, _ = reference.apply(params, np.random.default_rng(1).standard_normal((1, 3, 64, 64)).astype(np.float32), config)
     assert (depth > 0).mean() > 0.5
+
+
+@pytest.mark.parametrize("name", ["dpt_tiny", "dpt_base"])
+def test_the_transformer_begins_near_zero_without_biases_and_the_decoder_uniform(name):
+    """Truncated normal weights of standard deviation 0.02 and zero biases; convolutions uniform within 1 / sqrt(fan_in)."""
+    config = small(name) if name == "dpt_base" else reference.configuration(name)
+    params = reference.initialize(config, np.random.default_rng(0))
+    seen = 0
+    for key, value in params.items():
+        if key.startswith("backbone.blocks") and "norm" not in key:
+            if key.endswith("bias"):
+                assert not value.any(), key
+            else:
+                assert 0 < np.abs(value).max() <= 0.04 + 1e-6, key
+                assert value.size < 200 or 0.015 < value.std() < 0.02, key
+                seen += 1
+        elif value.ndim == 4:
+            bound = 1 / np.sqrt(np.prod(value.shape[1:]))
+            assert bound / 4 < value.std() and np.abs(value).max() <= bound * (1 + 1e-6), key
+        elif "norm" in key:
+            assert (value == key.endswith("weight")).all(), key
+    assert seen >= 4
+
+
+@pytest.mark.parametrize("changed", [{"resnet_layers": [1, 1]}, {"reassemble_widths": [8, 8, 8]}])
+def test_a_list_of_a_configuration_that_is_too_short_is_refused(changed):
+    with pytest.raises(ValueError, match="zip"):
+        reference.parameter_shapes(reference.configuration("dpt_tiny") | changed)
+
+
+def test_a_missing_parameter_is_named_with_the_three_nearest():
+    params = {f"fusion.{k}.project.weight": np.ones(1) for k in range(5)}
+    with pytest.raises(KeyError) as caught:
+        take(params, "fusion.9.project.weight")
+    assert str(caught.value).count(".project.weight") == 1 + 3

@@ -191,6 +191,17 @@ def test_both_forms_hold_one_table_of_configurations():
             assert ours is not reference.CONFIGS[name]
 
 
+def test_the_reference_infers_unless_it_is_told_to_train():
+    told = []
+    for path in sorted((ROOT / "reference").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                named = [*node.args.args[len(node.args.args) - len(node.args.defaults) :]]
+                told += [ast.unparse(d) for a, d in zip(named, node.args.defaults, strict=True) if a.arg == "training"]
+    assert len(told) > 5
+    assert set(told) == {"False"}
+
+
 def test_unknown_configurations_are_refused_alike():
     for changes in ({"name": "dpt_huge"}, {"name": "dpt_base", "task": "normals"}, {"name": "dpt_base", "num_classes": 3}):
         messages = set()

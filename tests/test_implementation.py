@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -116,6 +117,18 @@ def test_every_twin_in_the_folder_is_demanded_and_all_that_is_asked_of_a_twin_is
         for function in functions:
             compiled = importlib.import_module(f"reference.nn.{name}_cython")
             assert callable(getattr(compiled, function, None)), f"reference.nn.{name} asks for {function}"
+
+
+def test_whatever_a_twin_offers_under_the_name_of_a_numpy_form_is_asked_of_it() -> None:
+    """A form that is not marked would run in NumPy, unnoticed."""
+    folder = Path(nn.__file__).parent
+    for path in folder.glob("*_cython.pyx"):
+        plain = folder / f"{path.stem.removesuffix('_cython')}.py"
+        if plain.exists():
+            offered = set(re.findall(r"^def (\w+)\(", path.read_text(), re.MULTILINE))
+            written = {node.name for node in ast.parse(plain.read_text()).body if isinstance(node, ast.FunctionDef)}
+            private = {name for name in offered if name.startswith("_")}
+            assert (offered & written) - private == set(decorated_with("twinned", plain)), plain.name
 
 
 def decorated_with(decorator: str, path: Path) -> list[str]:

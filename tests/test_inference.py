@@ -229,7 +229,8 @@ def test_the_evaluator_of_the_paper_is_these_steps_where_windows_fit():
     at_once=st.sampled_from([1, 3, 8]),
 )
 def test_probabilities_in_both_forms_of_images_of_any_size(name, size, flip, at_once):
-    config = small(name, "segmentation", image_size=32, network_size=32)
+    colours = {"image_mean": [0.4, 0.5, 0.3], "image_std": [0.2, 0.25, 0.5]}
+    config = small(name, "segmentation", image_size=32, network_size=32, **colours)
     params = model_parameters(config, 5)
     model = DPT(config).double().eval()
     model.load_state_dict({key: torch.tensor(value) for key, value in params.items()})
@@ -244,7 +245,8 @@ def test_probabilities_in_both_forms_of_images_of_any_size(name, size, flip, at_
     # The parts by hand: black below and to the right, a base of 13/12 windows, softmax before any mean.
     softmax = lambda x: fast_probabilities(model, x)  # noqa: E731
     function = plain.mirrored(softmax) if flip else softmax
-    by_hand = plain.multi_scale(lambda x: plain.sliding_window(function, x, 32, 21, -1.0), image, scales, base=35)
+    black = np.array([-2.0, -2.0, -0.6])
+    by_hand = plain.multi_scale(lambda x: plain.sliding_window(function, x, 32, 21, black), image, scales, base=35)
     assert_same(actual, by_hand, MODEL)
 
 

@@ -59,6 +59,20 @@ def test_scale_and_shift_change_nothing_and_a_negative_scale_does(maps, scale, s
     assert_same(np.asarray(flipped), np.asarray(2 * contributing - value), scale=1.0)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_large_common_offset_costs_no_digits(which):
+    """Multiples of 1/8 below 2^20 stay what they are when 2^20 is added, in float32; so does what is computed from them."""
+    rng = np.random.default_rng(0)
+    maps = [(rng.integers(0, 64, (1, 9, 11)) / 8).astype(np.float32) for _ in range(2)]
+    mask = np.ones((1, 9, 11), bool)
+    value, vjp = plain.correlation_loss(*maps, mask)
+    gradient = vjp(np.float32(1))
+    maps[which] = maps[which] + np.float32(2**20)
+    moved, moved_vjp = plain.correlation_loss(*maps, mask)
+    assert moved == value
+    assert (moved_vjp(np.float32(1)) == gradient).all()
+
+
 def test_constant_maps_contribute_nothing_and_pass_no_gradient():
     prediction, target = np.full((2, 2, 3), 0.1), np.arange(12.0).reshape(2, 2, 3)
     for maps in ((prediction, target), (target, prediction)):

@@ -227,6 +227,14 @@ def test_initialize_gives_the_tensors_of_the_configuration_and_a_depth_that_is_a
     assert (depth > 0).mean() > 0.5
 
 
+def test_a_first_stage_of_the_stems_width_needs_no_projection_beside_it():
+    config = small("midas_resnet50") | {"resnet_widths": [64, 128, 256, 512]}
+    keys = set(reference.parameter_shapes(config))
+    assert "backbone.layer1.0.conv3.weight" in keys
+    assert "backbone.layer1.0.downsample.0.weight" not in keys
+    assert "backbone.layer2.0.downsample.0.weight" in keys
+
+
 def test_observe_sees_every_stage_and_changes_nothing():
     config, seen = small("midas_v21_small"), {}
     params = model_parameters(config, 0)

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import reference.nn.conv2d_cython
+import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -346,3 +347,11 @@ def test_a_hand_computed_convolution(name: str) -> None:
         np.testing.assert_array_equal(dx, [[[[102.0, 1020.0], [200.0, 2000.0]]]])
         np.testing.assert_array_equal(dweight, [[[[2.0, 4.0], [7.0, 10.0]]]])
         np.testing.assert_array_equal(dbias, [3.0])
+
+
+def test_unless_it_is_told_it_moves_by_one_pixel_and_pads_none() -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((1, 2, 6, 7)), rng.standard_normal((3, 2, 3, 3))
+    assert_same(nn.conv2d(x, weight)[0], F.conv2d(torch.tensor(x), torch.tensor(weight)).numpy())
+    transposed = F.conv_transpose2d(torch.tensor(x), torch.tensor(weight.swapaxes(0, 1).copy()))
+    assert_same(nn.conv_transpose2d(x, weight.swapaxes(0, 1))[0], transposed.numpy())

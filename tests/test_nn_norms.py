@@ -408,3 +408,12 @@ def test_the_twins_at_extremes(dtype: Any) -> None:
                 outcomes.append([y, *vjp(dy)])
         for want, have in zip(*outcomes, strict=True):
             np.testing.assert_allclose(have, want, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("operation", [nn.standardize_weight_variance, nn.standardize_weight_deviation])
+def test_a_matrix_is_a_weight_too(operation: Any) -> None:
+    weight = np.random.default_rng(0).standard_normal((3, 8))
+    y, _ = operation(weight, 1e-6)
+    assert_same(y, operation(weight.reshape(3, 2, 2, 2), 1e-6)[0].reshape(3, 8))
+    with pytest.raises(ValueError, match="at least two dimensions"):
+        operation(weight[0], 1e-6)

@@ -141,3 +141,9 @@ def test_the_twin_is_the_numpy_form_at_extremes(dtype: Any) -> None:
         case = Case(x.shape, 3, stride, 1)
         dy = rng.standard_normal(pool(case)(x)[0].shape).astype(dtype)
         assert_twin_agrees_at_extremes(pool(case), [x], dy, 9, scale=4)
+
+
+@pytest.mark.parametrize("padding", [3, 4, ((0, 0), (0, 5))])
+def test_padding_must_be_less_than_the_kernel(padding: Any) -> None:
+    with pytest.raises(ValueError, match="expected less than the kernel, 3"):
+        nn.max_pool2d(np.ones((1, 1, 9, 9)), 3, 1, padding)

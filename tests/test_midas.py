@@ -341,3 +341,11 @@ def test_the_encoders_maps_round_odd_sizes_up():
         config = small(name)
         maps, _ = encode(model_parameters(config, 0), np.ones((1, 3, 65, 40)), config)
         assert [m.shape[2:] for m in maps] == [(17, 10), (9, 5), (5, 3), (3, 2)]
+
+
+def test_a_file_that_lacks_many_parameters_names_three(tmp_path):
+    config = small("midas_resnet50")
+    params = reference.initialize(config, np.random.default_rng(0))
+    few = dict(list(params.items())[:-9])
+    with pytest.raises(ValueError, match=r"9 missing \([^,]+, [^,]+, [^,]+, \.\.\.\)"):
+        reference.save(tmp_path / "few.safetensors", few, config)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -406,3 +407,37 @@ def test_elsewhere_some_twenty_lines_are_printed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == train.LINES
     assert lines[-1].startswith("step 1000/1000")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_report_is_shown_at_once(capsys, monkeypatch, terminal):
+    flushed = []
+    monkeypatch.setattr(train.sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(train.sys.stdout, "flush", lambda: flushed.append(True), raising=False)
+    train.report(1, 1, "loss 1", 4.0, 10.0)
+    assert flushed
+
+
+def test_the_help_says_what_it_is_and_what_each_option_is_unless_given(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert " ".join(train.__doc__.partition("\n")[0].split()) in text
+    for name, value in vars(train.parse([])).items():
+        if name in ("task", "steps", "batch", "crop", "seed", "scenes", "cache"):
+            assert re.search(rf"--{name} [^-]*\({value}\)", text), name
+
+
+def test_the_rates_of_either_task():
+    for task, rate in (("depth", 3e-4), ("segmentation", 2e-2)):
+        options = train.parse(["--task", task])
+        assert (options.backbone_rate, options.decoder_rate) == (rate, rate)
+
+
+def test_the_score_shown_is_the_mean_of_the_last_ten(cache, tmp_path, reduced, capsys):
+    assert run(cache, tmp_path / "run", steps=3) == 0
+    shown = [float(number) for number in re.findall(r"correlation (-?[\d.]+)", capsys.readouterr().out)]
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        scores = [float(list(row.values())[3]) for row in csv.DictReader(file)]
+    expected = [sum(scores[:k]) / k for k in (1, 2, 3)]
+    assert shown[:3] == pytest.approx(expected, abs=6e-4)

@@ -145,9 +145,9 @@ def assert_same_as_torch(
 ) -> None:
     """Compare y and every gradient with torch's in float64. `scales`: as `assert_same`'s, for y and each gradient."""
     actual, dy = results(operation, inputs, lay_out(rng.standard_normal(operation(*inputs)[0].shape), "transposed"), rng)
-    tensors = [torch.tensor(np.ascontiguousarray(array), requires_grad=True) for array in inputs]
+    tensors = [torch.tensor(array.copy(), requires_grad=True) for array in inputs]
     y = witness(*tensors)
-    y.backward(torch.tensor(np.ascontiguousarray(dy)))
+    y.backward(torch.tensor(dy.copy()))
     expected = [y.detach().numpy(), *(tensor.grad.numpy() for tensor in tensors)]
     assert len(actual) == len(expected)
     for i, (have, want) in enumerate(zip(actual, expected, strict=True)):

@@ -110,14 +110,16 @@ def test_a_block_is_this_threads_alone() -> None:
 
     other = threading.Thread(target=infer)
     other.start()
-    assert inside.wait(10)
-    assert keeps()  # while the other is in its block
-    with nn.without_vjps():
-        thread = threading.Thread(target=lambda: seen.append(keeps()))
-        thread.start()
-        thread.join()
-    outside.set()
-    other.join()
+    try:
+        assert inside.wait(10)
+        assert keeps()  # while the other is in its block
+        with nn.without_vjps():
+            thread = threading.Thread(target=lambda: seen.append(keeps()))
+            thread.start()
+            thread.join()
+    finally:
+        outside.set()
+        other.join()
     assert seen == [True, False, True]
 
 

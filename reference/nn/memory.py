@@ -55,25 +55,31 @@ def workspace(use: str, entries: int, dtype: np.dtype) -> Array:
 
 def release() -> None:
     """Give all freed memory that is kept back to the system; arrays in use stay as they are."""
-    with _lock:
-        _freed.clear()
+    global _freed
+    _freed = []  # a new list, not an empty one: another thread may be choosing from it
 
 
 def _take(size: int) -> Array:
     """Return the smallest freed block of at least `size` bytes that is less than half too large, or a new one."""
-    with _lock:
-        fitting = [k for k, block in enumerate(_freed) if size <= block.nbytes < 1.5 * size]
-        if fitting:
-            return _freed.pop(min(fitting, key=lambda k: _freed[k].nbytes))
+    # While the list is in use nothing is taken from it, nor given back: the user may be this very thread, interrupted by the
+    # garbage collector, and waiting for it would never end.
+    if _lock.acquire(blocking=False):
+        try:
+            freed = _freed
+            fitting = [k for k, block in enumerate(freed) if size <= block.nbytes < 1.5 * size]
+            if fitting:
+                return freed.pop(min(fitting, key=lambda k: freed[k].nbytes))
+        finally:
+            _lock.release()
     return np.empty(size, np.uint8)
 
 
 def _give_back(block: Array) -> None:
-    # While the list is in use the block is not kept: the user may be this very thread, interrupted by the garbage collector.
     if _lock.acquire(blocking=False):
         try:
-            _freed.append(block)
-            while sum(kept.nbytes for kept in _freed) > KEPT:
-                _freed.pop(0)
+            freed = _freed
+            freed.append(block)
+            while sum(kept.nbytes for kept in freed) > KEPT:
+                freed.pop(0)
         finally:
             _lock.release()

@@ -42,11 +42,11 @@ SHAPES = {
     "matmul": (lambda: nn.matmul(X, W), r"a has shape \(1, 4, 6, 5\) and b \(2, 4, 3, 3\)"),
     "attention depth": (
         lambda: attention(k=np.ones((2, 5, 3))),
-        r"q has shape \(2, 6, 4\), k \(2, 5, 3\) and v \(2, 5, 7\): expected \(\.\.\., N, d\)",
+        r"q has shape \(2, 6, 4\), k \(2, 5, 3\), v \(2, 5, 7\): expected \(\.\.\., N, d\)",
     ),
-    "attention keys": (lambda: attention(v=np.ones((2, 6, 7))), r"k \(2, 5, 4\) and v \(2, 6, 7\)"),
+    "attention keys": (lambda: attention(v=np.ones((2, 6, 7))), r"k \(2, 5, 4\), v \(2, 6, 7\)"),
     "attention stack": (lambda: attention(q=np.ones((3, 6, 4))), r"q has shape \(3, 6, 4\), k \(2, 5, 4\)"),
-    "attention stack of values": (lambda: attention(v=np.ones((5, 7))), r"k \(2, 5, 4\) and v \(5, 7\)"),
+    "attention stack of values": (lambda: attention(v=np.ones((5, 7))), r"k \(2, 5, 4\), v \(5, 7\)"),
     "attention rank": (lambda: attention(FOUR, FOUR, FOUR), r"scaled_dot_product_attention: q has shape \(4,\)"),
     "attention empty": (lambda: attention(k=np.ones((2, 0, 4))), r"scaled_dot_product_attention: k has shape \(2, 0, 4\)"),
     "weights depth": (

@@ -28,7 +28,7 @@ def scaled_dot_product_attention(q: Array, k: Array, v: Array) -> tuple[Array, V
 
     Raises TypeError for dtypes, ValueError for shapes.
     """
-    _check("scaled_dot_product_attention", q, k, v)
+    _check("scaled_dot_product_attention", q=q, k=k, v=v)
     scale = 1 / math.sqrt(q.shape[-1])
     shape = (*q.shape[:-1], v.shape[-1])
 
@@ -48,7 +48,7 @@ def attention_weights(q: Array, k: Array) -> Array:
 
     Raises TypeError for dtypes, ValueError for shapes.
     """
-    _check("attention_weights", q, k, k)
+    _check("attention_weights", q=q, k=k)
     return proportions(product(q * (1 / math.sqrt(q.shape[-1])), k.swapaxes(-1, -2), None), -1)
 
 
@@ -58,10 +58,10 @@ def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
     return product(proportions(product(q * scale, k.swapaxes(-1, -2), None), -1), v, None)
 
 
-def _check(op: str, q: Array, k: Array, v: Array) -> None:
-    check_arrays(op, q=q, k=k, v=v)
-    stack = q.shape[:-2]
-    if q.ndim < 2 or k.shape != (*stack, *k.shape[-2:-1], q.shape[-1]) or v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(
-            f"{op}: q has shape {q.shape}, k {k.shape} and v {v.shape}: expected (..., N, d), (..., M, d) and (..., M, e)"
-        )
+def _check(op: str, q: Array, k: Array, **v: Array) -> None:
+    check_arrays(op, q=q, k=k, **v)
+    of_q, of_k, of_v = q.shape, k.shape, v.get("v", k).shape
+    if q.ndim < 2 or of_k != (*of_q[:-2], *of_k[-2:-1], of_q[-1]) or of_v[:-1] != of_k[:-1]:
+        expected = {"q": "(..., N, d)", "k": "(..., M, d)", "v": "(..., M, e)"}
+        others = "".join(f", {name} {x.shape}" for name, x in {"k": k, **v}.items())
+        raise ValueError(f"{op}: q has shape {q.shape}{others}: expected {', '.join(expected[name] for name in ('q', 'k', *v))}")

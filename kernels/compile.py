@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from kernels.source import DEVICE_ELEMENTS, FOLDER
+from kernels.source import DEVICE_ELEMENTS, FOLDER, Source
 
 
 class Resources(NamedTuple):
@@ -79,8 +79,10 @@ def _include_folders() -> Iterator[Path]:
 
 
 @functools.cache
-def compile_source(file: str, templates: tuple[str, ...], architecture: int) -> Compiled:
-    """Compile every kernel template of `file` for every element type of a GPU; architecture 90 is sm_90.
+def compile_source(source: Source, architecture: int) -> Compiled:
+    """Compile every kernel of a source for every element type of a GPU; architecture 90 is sm_90.
+
+    Tensor cores multiply bfloat16 from sm_80 on: below, those kernels are left out.
 
     ImportError without NVRTC; ValueError for an architecture it does not know; RuntimeError without CUDA's headers, or with
     the compiler's own words where it fails.
@@ -96,8 +98,13 @@ def compile_source(file: str, templates: tuple[str, ...], architecture: int) -> 
         f"-I{FOLDER}",
         f"-I{include_folder(binding.getVersion()[0])}",
     )
-    names = [f"{template}<{element}>" for template in templates for element in DEVICE_ELEMENTS.values()]
-    program = binding.createProgram((FOLDER / file).read_text(encoding="utf-8"), file, (), ())
+    names = [
+        template.format(element)
+        for template in source.templates
+        for dtype, element in DEVICE_ELEMENTS.items()
+        if source.has(template, dtype) and (architecture >= 80 or dtype != "bfloat16" or template not in source.half)
+    ]
+    program = binding.createProgram((FOLDER / source.file).read_text(encoding="utf-8"), source.file, (), ())
     try:
         for name in names:
             binding.addNameExpression(program, name)
@@ -105,7 +112,7 @@ def compile_source(file: str, templates: tuple[str, ...], architecture: int) -> 
             binding.compileProgram(program, options)
         except binding.NVRTCError as error:
             log = binding.getProgramLog(program)
-            raise RuntimeError(f"NVRTC could not compile {FOLDER / file} for sm_{architecture}:\n{log}") from error
+            raise RuntimeError(f"NVRTC could not compile {FOLDER / source.file} for sm_{architecture}:\n{log}") from error
         log = binding.getProgramLog(program)
         symbols = {name: binding.getLoweredName(program, name) for name in names}
         cubin = binding.getCUBIN(program)

@@ -4,6 +4,15 @@
 // an ordinary conversion, rounded to nearest even. On a GPU these two headers are CUDA's; on the host, those of host/.
 #pragma once
 
+#ifdef __CUDACC__
+// Dynamic shared memory, its size given at the launch, as an array `name` of `type`.
+#define DYNAMIC_SHARED(type, name)                                       \
+    extern __shared__ __align__(16) unsigned char dynamic_shared_memory[]; \
+    type* const name = reinterpret_cast<type*>(dynamic_shared_memory)
+#else
+#define DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(emulation::shared.data())
+#endif
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

@@ -10,9 +10,10 @@ import operator
 
 import numpy as np
 
-from kernels.launch import Array, Source, check, check_output, empty, launch
+from kernels.launch import Array, check, check_output, empty, launch_each
+from kernels.source import Source
 
-SOURCE = Source("fusion.cu", ("upsample_add_naive", "upsample_backward_naive"))
+SOURCE = Source("fusion.cu", ("upsample_add_naive<{}>", "upsample_backward_naive<{}>"))
 
 
 def upsample_add(x: Array, skip: Array, out: Array | None = None) -> Array:
@@ -27,7 +28,7 @@ def upsample_add(x: Array, skip: Array, out: Array | None = None) -> Array:
     if out is None:
         out = empty(skip.shape, skip)
     check_output("out", out, skip.shape, {"x": x, "skip": skip})
-    launch(SOURCE, "upsample_add_naive", out.size, (x, skip, out, *_sizes(x, skip)))
+    launch_each(SOURCE, "upsample_add_naive<{}>", out.size, (x, skip, out, *_sizes(x, skip)))
     return out
 
 
@@ -48,7 +49,7 @@ def upsample_backward(dout: Array, size: tuple[int, int], out: Array | None = No
     if out is None:
         out = empty(shape, dout)
     check_output("out", out, shape, {"dout": dout})
-    launch(SOURCE, "upsample_backward_naive", out.size, (dout, out, *_sizes(out, dout)))
+    launch_each(SOURCE, "upsample_backward_naive<{}>", out.size, (dout, out, *_sizes(out, dout)))
     return out
 
 

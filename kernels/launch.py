@@ -8,25 +8,18 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 
 from kernels import compile as nvrtc
 from kernels import host
-from kernels.source import DEVICE_ELEMENTS, HOST_ELEMENTS, cached, fingerprint
+from kernels.source import DEVICE_ELEMENTS, HOST_ELEMENTS, Source, cached, fingerprint
 
 Array = Any  # numpy.ndarray, or cupy.ndarray where CuPy is installed
 
 LIMIT = 2**31  # kernels take sizes as int
-
-
-class Source(NamedTuple):
-    """A `.cu` file and the kernel templates in it."""
-
-    file: str
-    templates: tuple[str, ...]
 
 
 def on_device(array: Array) -> bool:
@@ -98,19 +91,40 @@ def empty(shape: tuple[int, ...], like: Array) -> Array:
         return sys.modules["cupy"].empty(shape, like.dtype)
 
 
-def launch(source: Source, template: str, count: int, arguments: tuple[Any, ...], threads: int = 256) -> None:
-    """Launch a kernel over `count` elements, one thread each, in blocks of `threads`.
+Extent = tuple[int, int, int]
 
-    Arguments as the kernel declares them, arrays first; they have passed `check`. On a GPU this is queued on CuPy's current
-    stream of their device; on the host it is done on return. Compiled at the first use.
+
+def launch(
+    source: Source,
+    template: str,
+    grid: Extent,
+    block: Extent,
+    arguments: tuple[Any, ...],
+    shared: int = 0,
+) -> None:
+    """Launch a kernel over `grid` blocks of `block` threads, with `shared` bytes of dynamic shared memory.
+
+    Arguments as the kernel declares them, arrays first, the first of the element type; they have passed `check`. On a GPU this
+    is queued on CuPy's current stream of their device; on the host it is done on return. Compiled at the first use. RuntimeError
+    where the kernel does not exist for this element type or GPU.
     """
     first = arguments[0]
-    grid, block = (-(-count // threads), 1, 1), (threads, 1, 1)
+    dtype = first.dtype.name
+    if not source.has(template, dtype):
+        raise RuntimeError(f"{template.format(dtype)} works on tensor cores, for float16 and bfloat16 alone")
     if not on_device(first):
-        host.launcher(*source, template, first.dtype.name)(grid, block, arguments)
+        host.launch(source, template, dtype, grid, block, arguments, shared)
         return
     with first.device:
-        _device_kernel(source, f"{template}<{DEVICE_ELEMENTS[first.dtype.name]}>", first.device.id)(grid, block, arguments)
+        function = _device_kernel(source, template.format(DEVICE_ELEMENTS[dtype]), first.device.id)
+        if shared > 48 * 1024:  # more has to be asked for
+            function.max_dynamic_shared_size_bytes = shared
+        function(grid, block, arguments, shared_mem=shared)
+
+
+def launch_each(source: Source, template: str, count: int, arguments: tuple[Any, ...], threads: int = 256) -> None:
+    """Launch a kernel over `count` elements, one thread each, in blocks of `threads`. As `launch`."""
+    launch(source, template, (-(-count // threads), 1, 1), (threads, 1, 1), arguments)
 
 
 @functools.cache
@@ -118,7 +132,10 @@ def _device_kernel(source: Source, name: str, device: int) -> Any:
     """The kernel on this GPU: what `compile_source` returns, unchanged, in a CuPy RawModule."""
     import cupy
 
-    compiled = nvrtc.compile_source(*source, int(cupy.cuda.Device(device).compute_capability))
+    architecture = int(cupy.cuda.Device(device).compute_capability)
+    compiled = nvrtc.compile_source(source, architecture)
+    if name not in compiled.symbols:
+        raise RuntimeError(f"{name} needs tensor cores that multiply bfloat16, from sm_80 on; GPU {device} is sm_{architecture}")
     # RawModule reads machine code from a file. (Given the source, it would compile it with options of its own: subnormal
     # numbers flushed to zero.)
     path = cached(f"{fingerprint([compiled.cubin])[:32]}.cubin", lambda path: path.write_bytes(compiled.cubin))

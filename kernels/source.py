@@ -9,16 +9,38 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(str(resources.files(__package__)))
 
 # The element types, by the name of their NumPy dtype. double exists on the host alone, to prove the formulas exactly.
 DEVICE_ELEMENTS = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 HOST_ELEMENTS = {**DEVICE_ELEMENTS, "float64": "double"}
+
+
+class Source(NamedTuple):
+    """A `.cu` file and the kernels in it, each with its template arguments: "attend<{}, 64>", {} standing for the element type.
+
+    Those of `half` work on tensor cores, and exist for float16 and bfloat16 alone.
+    """
+
+    file: str
+    templates: tuple[str, ...]
+    half: tuple[str, ...] = ()
+
+    def has(self, template: str, dtype: str) -> bool:
+        """Whether this kernel exists for elements of `dtype`."""
+        return template not in self.half or dtype in ("float16", "bfloat16")
+
+
+def symbol(template: str) -> str:
+    """A name for a kernel that C accepts: "attend<{}, 64>" becomes "attend_64"."""
+    return re.sub(r"\W+", "_", template.replace("{}", "")).strip("_")
 
 
 def digest() -> str:

@@ -226,7 +226,7 @@ def test_kernel_wrapper_names_what_is_wrong(monkeypatch, call, error, words):
     def refuse(*arguments: object) -> None:
         pytest.fail("launched")
 
-    monkeypatch.setattr("kernels.fusion.launch", refuse)
+    monkeypatch.setattr("kernels.fusion.launch_each", refuse)
     with pytest.raises(error, match=words):
         call()
 

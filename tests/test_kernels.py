@@ -26,9 +26,9 @@ def nvrtc():
 
 @pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100, 120])
 def test_kernel_compiles_to_machine_code(nvrtc, architecture):
-    compiled = kernel_compiler.compile_source(*SOURCE, architecture)
+    compiled = kernel_compiler.compile_source(SOURCE, architecture)
     assert compiled.cubin.startswith(b"\x7fELF")
-    names = {f"{template}<{element}>" for template in SOURCE.templates for element in ("float", "__half", "__nv_bfloat16")}
+    names = {template.format(element) for template in SOURCE.templates for element in ("float", "__half", "__nv_bfloat16")}
     assert set(compiled.symbols) == set(compiled.resources) == names
     for name, symbol in compiled.symbols.items():
         assert symbol.encode() in compiled.cubin
@@ -51,13 +51,13 @@ ptxas info    : Used 10 registers"""
 def test_kernel_compiler_says_what_is_wrong(nvrtc, monkeypatch, tmp_path):
     major = nvrtc.getVersion()[0]
     with pytest.raises(ValueError, match=r"compiles for the architectures .*, not for 12$"):
-        kernel_compiler.compile_source(*SOURCE, 12)
+        kernel_compiler.compile_source(SOURCE, 12)
     shutil.copytree(source.FOLDER, tmp_path / "kernels")
     (tmp_path / "kernels" / "fusion.cu").write_text("template <typename T> __global__ void f(T x) { y = x; }")
     with monkeypatch.context() as patch:
         patch.setattr(kernel_compiler, "FOLDER", tmp_path / "kernels")
         with pytest.raises(RuntimeError, match=r'(?s)could not compile .*fusion.cu for sm_90:.*identifier "y" is undefined'):
-            kernel_compiler.compile_source("fusion.cu", ("f",), 90)
+            kernel_compiler.compile_source(source.Source("fusion.cu", ("f<{}>",)), 90)
     other = tmp_path / "cuda" / "include"
     other.mkdir(parents=True)
     (other / "cuda_fp16.h").touch()

@@ -1,7 +1,8 @@
 """DPT in PyTorch: what one runs. The same concepts and the same parameter keys as `reference`, which says what they mean.
 
     model = accelerated.create_model("dpt_hybrid", task="segmentation", num_classes=150)
-    model = accelerated.load_checkpoint("dpt_large-midas-2f21e586.pt", model="dpt_large")
+    model = accelerated.load_checkpoint("dpt_large-midas-2f21e586.pt")
+    depth = accelerated.Predictor(model)(image)
     params = accelerated.to_numpy(model)
 
 Names are imported when first used, so that a process that only renders scenes or reads configurations never loads torch.
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelerated.attention import attention_map, attention_maps
-    from accelerated.checkpoints import load_checkpoint
+    from accelerated.checkpoints import load_checkpoint, published_file
+    from accelerated.checkpoints.huggingface_export import save_huggingface
     from accelerated.configs import CONFIGS, MIDAS, configuration
     from accelerated.dpt import DPT, create_model
     from accelerated.heads import Segmentation
     from accelerated.inference import segment
+    from accelerated.predictor import Predictor
     from accelerated.weights import load, save, to_numpy
 
 _HOME = {
@@ -29,6 +32,9 @@ _HOME = {
     "create_model": "dpt",
     "Segmentation": "heads",
     "load_checkpoint": "checkpoints",
+    "published_file": "checkpoints",
+    "save_huggingface": "checkpoints.huggingface_export",
+    "Predictor": "predictor",
     "load": "weights",
     "save": "weights",
     "to_numpy": "weights",
@@ -41,6 +47,7 @@ __all__ = [
     "CONFIGS",
     "DPT",
     "MIDAS",
+    "Predictor",
     "Segmentation",
     "attention_map",
     "attention_maps",
@@ -48,7 +55,9 @@ __all__ = [
     "create_model",
     "load",
     "load_checkpoint",
+    "published_file",
     "save",
+    "save_huggingface",
     "segment",
     "to_numpy",
 ]

@@ -1,7 +1,8 @@
 """The whole model (paper section 3, figure 1): encoder, four reassemble stages, four fusion blocks, a head.
 
 In: image (B, 3, H, W), normalised with the configuration's mean and standard deviation; H and W are any multiples of the patch
-size. Out: inverse depth (B, H, W) up to scale and shift, or `Segmentation`.
+size. Out: inverse depth (B, H, W) up to scale and shift, or `Segmentation`; where the configuration has "metric_scale" and
+"metric_shift", depth in metres.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from accelerated.backbones import Backbone, load_imagenet
-from accelerated.configs import Config, configuration, validate
+from accelerated.config_checks import validate
+from accelerated.configs import Config, configuration
 from accelerated.fusion import fuse, fusion_blocks
-from accelerated.heads import DepthHead, Segmentation, SegmentationHead, upsample
+from accelerated.heads import DepthHead, Segmentation, SegmentationHead, metric_depth, upsample
 from accelerated.reassemble import reassemble_stages
 
 
@@ -86,7 +88,10 @@ class DPT(nn.Module):
         stages = [stage(feature, grid) for stage, feature in zip(self.reassemble, features, strict=True)]
         fused = fuse(self.fusion, stages)
         if not self.segments:
-            return self.head(fused[0])
+            inverse = self.head(fused[0])
+            if "metric_scale" not in self.config:
+                return inverse
+            return metric_depth(inverse, self.config["metric_scale"], self.config["metric_shift"])
         if self.training:
             return Segmentation(self.head(fused[0]), self.auxiliary(fused[1]))
         return Segmentation(upsample(self.head(fused[0])), None)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accelerated.configs import Config
 from accelerated.fusion import BatchNorm2d
+
+FARTHEST = 1e-8  # smallest inverse depth, 1 / metre, that a metric model gives
 
 
 class Segmentation(NamedTuple):
@@ -44,6 +47,15 @@ class DepthHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(self.conv1(x), scale_factor=2, mode="bilinear", align_corners=self.align_corners)
         return F.relu(self.conv3(F.relu(self.conv2(x)))).squeeze(1)
+
+
+def metric_depth(inverse: Tensor, scale: float, shift: float) -> Tensor:
+    """Depth in metres, 1 / max(scale * inverse + shift, 1e-8), of a model trained for one dataset's; at least float32.
+
+    Source: the authors' inference code for their KITTI and NYU models.
+    """
+    inverse = inverse.float() if inverse.dtype in (torch.float16, torch.bfloat16) else inverse
+    return (scale * inverse + shift).clamp(min=FARTHEST).reciprocal()
 
 
 class SegmentationHead(nn.Module):

@@ -33,7 +33,7 @@ _FLIPS = {2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}  # ax
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used. The message is one sentence that begins with the picture's path."""
+    """A picture or video that cannot be used. The message is one sentence that begins with its path."""
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -43,7 +43,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     readable file, content that is no picture or is cut short, too many pixels, and values without a meaning as brightness
     (NaN, or numbers outside the range of the format).
     """
-    _check_regular_file(path)
+    check_regular_file(path, "an image file")
     try:
         # As a file, not by its path: Pillow maps some TIFFs that it opens by path into memory, and turns those the wrong way.
         with open(path, "rb") as file, warnings.catch_warnings():
@@ -92,19 +92,63 @@ def class_colors(count: int) -> np.ndarray:
 
 def write_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
     """Write (H, W) uint8 or uint16, or (H, W, 3) uint8, as PNG. Raises OSError where the file cannot be written."""
-    with _complete_file(path) as file:
+    with complete_file(path) as file:
         Image.fromarray(np.ascontiguousarray(pixels)).save(file, format="PNG", compress_level=4)
 
 
 def write_pfm(path: str | os.PathLike[str], values: np.ndarray) -> None:
     """Write (H, W) float32 as PFM: rows from the bottom up, little-endian (scale -1). Raises OSError as `write_png`."""
     height, width = values.shape
-    with _complete_file(path) as file:
+    with complete_file(path) as file:
         file.write(f"Pf\n{width} {height}\n-1.0\n".encode("ascii"))
         file.write(np.ascontiguousarray(values[::-1], dtype="<f4").data)
 
 
-def _check_regular_file(path: str | os.PathLike[str]) -> None:
+def write_npy(path: str | os.PathLike[str], values: np.ndarray) -> None:
+    """Write an array of numbers, of any shape and dtype, in NumPy's own format (`numpy.load` reads it). Raises as `write_png`."""
+    with complete_file(path) as file:
+        np.save(file, values, allow_pickle=False)
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Return a picture as `read_image` gives it, uint8 or floating point in [0, 1], as uint8 (to the nearest), of the same shape.
+
+    Raises ValueError for another dtype, and for values outside [0, 1], NaN among them.
+    """
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype.kind != "f":
+        raise ValueError(f"a picture of dtype {image.dtype}, where uint8, or floating point in [0, 1], was expected")
+    if image.size and not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(f"a picture with values from {image.min():g} to {image.max():g}, where 0 to 1 was expected")
+    return np.rint(image * image.dtype.type(255)).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def complete_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the name, beside `path`, of a file to be written; it is renamed to `path` when the block ends.
+
+    On an error or an interruption within the block, nothing is left of it, and what `path` was before stays.
+    """
+    target = Path(path)
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        yield part
+        os.replace(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def complete_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a new binary file that takes its name when it is complete, as `complete_path`. Raises OSError."""
+    with complete_path(path) as part, open(part, "xb") as file:
+        yield file
+
+
+def check_regular_file(path: str | os.PathLike[str], expected: str) -> None:
+    """Raise ImageError unless `path` is a file that ends; `expected` ("an image file") is for the sentence."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -112,9 +156,7 @@ def _check_regular_file(path: str | os.PathLike[str]) -> None:
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: cannot be read ({_reason(error)})") from None
     if not stat.S_ISREG(mode):  # a pipe or a device could be read for ever
-        raise ImageError(
-            f"{path}: {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}, where an image file was expected"
-        )
+        raise ImageError(f"{path}: {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}, where {expected} was expected")
 
 
 def _read(file: IO[bytes]) -> np.ndarray:
@@ -182,17 +224,3 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     return np.ascontiguousarray(np.flip(pixels, _FLIPS[orientation]))
-
-
-@contextlib.contextmanager
-def _complete_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a new file that takes its name when it is complete; on an error or an interruption, nothing is left."""
-    target = Path(path)
-    part = target.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with open(part, "xb") as file:
-            yield file
-        os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

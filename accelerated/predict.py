@@ -1,14 +1,19 @@
-"""Predict pictures: `python -m accelerated.predict IMAGE... --weights FILE --output DIR`.
+"""Predict pictures and videos: `python -m accelerated.predict INPUT... --weights FILE --output DIR`.
 
-For every picture, under its name without extension:
+An INPUT is a picture, a video, a folder of them, or a pattern such as "photos/**/*.jpg". For every picture, under its name
+without extension:
 - a depth model writes NAME.png (inverse depth, 16 bits, scaled from the picture's minimum to its maximum), NAME.pfm (the values
-  as the model gives them, float32) and NAME-color.png (to look at: near is bright);
-- a segmentation model writes NAME.png (class ids) and NAME-color.png (one colour per class).
-Where a name is taken, by an earlier picture of the same call or because its file is itself one of the pictures to read, NAME-2,
-NAME-3, ... is used instead, and every "picture -> files" is printed. Files of earlier calls are replaced.
+  as the model gives them, float32) and NAME-color.png (to look at: near is bright); of a model that knows metres, NAME.png has
+  the factor of its benchmark (256 for KITTI, 1000 for NYU) and NAME.pfm metres;
+- a segmentation model writes NAME.png (class ids), NAME-color.png (one colour per class) and NAME-overlay.png (the colours over
+  the picture, and what they mean).
+`--save` chooses others, or more (`accelerated.outputs`). A video becomes NAME-color.mp4 (`accelerated.predict_video`). Where a
+name is taken, by an earlier input of the same call or because its file is itself one of the inputs to read, NAME-2, NAME-3, ...
+is used instead, and every "input -> files" is printed. Files of earlier calls are replaced.
 
-A picture that cannot be predicted costs one sentence on stderr and does not stop the others. Exit status: 0 when all were
-predicted, 1 when any was not or nothing could begin, 2 for a command line that makes no sense.
+An input that cannot be predicted costs one sentence on stderr and does not stop the others. Exit status: 0 when all were
+predicted, 1 when any was not, or in part, or nothing could begin, 2 for a command line that makes no sense, 130 after Ctrl-C,
+which leaves complete files only.
 """
 
 from __future__ import annotations
@@ -19,136 +24,69 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch.nn.functional import interpolate
 
 import accelerated
 from accelerated import images
-from accelerated.preprocess import preprocess
+from accelerated.inputs import expand
+from accelerated.outputs import Products, output_names
+from accelerated.placement import CompilerError
+from accelerated.predict_options import TAPS, parse
+from accelerated.predict_video import predict_video
+from accelerated.predictor import Predictor
+from accelerated.video import is_video
 
 if TYPE_CHECKING:
-    from accelerated import DPT
+    from tqdm import tqdm
 
-SUFFIXES = {"depth": (".png", ".pfm", "-color.png"), "segmentation": (".png", "-color.png")}
+    from accelerated import DPT
 
 
 def predict(model: DPT, image: np.ndarray) -> np.ndarray:
-    """Predict one picture, at its own size, on the device and in the precision of the model's parameters.
+    """Predict one picture (H, W, 3) on the device and in the precision of the model's parameters: `Predictor` in one call.
 
-    `image`: RGB (H, W, 3), uint8, or floating point in [0, 1]; any size. Returns, for a depth model, inverse depth (H, W), up to
-    an unknown scale and shift: the network's output resized with the bicubic filter, whose overshoot may go below 0. For a
-    segmentation model, the class of the largest logit, (H, W) uint8 (uint16 beyond 256 classes). The model computes in
-    evaluation mode and is left as it was.
-
-    Raises ValueError for an image of another kind (`preprocess`), and for a prediction that is not finite.
+    The model computes in evaluation mode and is left as it was. Returns and raises as a call of `Predictor`.
     """
     weight = next(model.parameters())
-    with _evaluation(model), torch.inference_mode():
-        output = model(preprocess(image, model.config).to(weight))
-        scores = output.logits[0] if model.config["task"] == "segmentation" else output
-        if not torch.isfinite(scores).all():
-            raise ValueError("the model's prediction is not finite: its weights are damaged, or too large for their precision")
-        if model.config["task"] == "segmentation":
-            return _classes(scores, image.shape[:2]).cpu().numpy()
-        return _at_size(scores, image.shape[:2]).cpu().numpy()
+    return Predictor(model, device=weight.device, dtype=weight.dtype)(image)
 
 
-@contextlib.contextmanager
-def _evaluation(model: torch.nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def _products(options: argparse.Namespace) -> Products:
+    """Load the model, and create the folder. Raises OSError, ValueError or MemoryError, in one sentence."""
+    weights = accelerated.published_file(options.model) if options.weights is None else options.weights
     try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        predictor = Predictor(
+            weights,
+            name=options.model,
+            device=options.device,
+            dtype=options.dtype,
+            compile=options.compile,
+            size=options.size,
+            batch_size=options.batch_size,
+            multi_scale=options.multi_scale,
+            kitti_crop=options.kitti_crop,
+        )
+    except MemoryError as error:
+        raise MemoryError(f"{weights}: {error}") from None
+    blocks: list[int] = []
+    for block in options.attention or ():
+        taps = predictor.config.get("taps", [0])  # a MiDaS has none, and says so of any block
+        blocks += [tap for tap in taps if isinstance(tap, int)] if block == TAPS else [block]
+    head = None if options.head == "mean" else options.head
+    products = Products(predictor, options.save, options.fov, list(dict.fromkeys(blocks)), head, options.point)
+    _make_folder(options.output)
+    return products
 
 
-def _at_size(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Resize one map (1, h, w) to (H, W), bicubic as the authors do."""
-    return interpolate(maps[None], (size[0], size[1]), mode="bicubic", align_corners=False)[0, 0]
-
-
-def _classes(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Return the class ids (H, W) of the largest resized logit of (K, h, w), the lowest id on a tie.
-
-    Class by class: 150 maps at the size of a photograph would take gigabytes.
-    """
-    best = _at_size(logits[:1], size)
-    ids = torch.zeros_like(best, dtype=torch.uint8 if len(logits) <= 256 else torch.int32)
-    for k in range(1, len(logits)):
-        scores = _at_size(logits[k : k + 1], size)
-        ids[scores > best] = k
-        torch.maximum(best, scores, out=best)
-    return ids if len(logits) <= 256 else ids.to(torch.uint16)
-
-
-def output_names(pictures: Sequence[Path], folder: Path, suffixes: Sequence[str]) -> list[str]:
-    """Choose for each picture the NAME under which its files `folder/NAME + suffix` neither meet another's nor replace a picture.
-
-    The name of the file without extension; where that is taken, with -2, -3, ... . Names that differ only in case count as
-    the same, since on some file systems they are.
-    """
-
-    def key(path: Path) -> str:
-        return os.path.realpath(path).casefold()
-
-    taken = {key(picture) for picture in pictures}
-    names = []
-    for picture in pictures:
-        name, attempt = picture.stem, 1
-        while any(key(folder / f"{name}{suffix}") in taken for suffix in suffixes):
-            attempt += 1
-            name = f"{picture.stem}-{attempt}"
-        taken.update(key(folder / f"{name}{suffix}") for suffix in suffixes)
-        names.append(name)
-    return names
-
-
-def write_prediction(prediction: np.ndarray, model: DPT, stem: Path) -> list[Path]:
-    """Write what `predict` returned as `stem` + each of SUFFIXES[task], and return the paths. Raises OSError."""
-    paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES[model.config["task"]]]
-    if model.config["task"] == "segmentation":
-        images.write_png(paths[0], prediction)
-        images.write_png(paths[1], images.class_colors(model.config["num_classes"])[prediction])
-    else:
-        images.write_png(paths[0], images.depth_to_uint16(prediction))
-        images.write_pfm(paths[1], prediction)
-        images.write_png(paths[2], images.depth_to_color(prediction))
-    return paths
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help explains the options)\n")
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m accelerated.predict", description="Predict depth or classes for pictures.", allow_abbrev=False
-    )
-    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="pictures to predict")
-    parser.add_argument("--weights", metavar="FILE", required=True, type=Path, help="weights, as training writes them")
-    parser.add_argument("--output", metavar="DIR", required=True, type=Path, help="folder for the results, created where missing")
-    return parser.parse_intermixed_args(argv)
-
-
-def _load(weights: Path, output: Path) -> DPT:
-    """Load the model onto the best device, and create the folder. Raises OSError or ValueError, in one sentence."""
-    model = accelerated.load_checkpoint(weights)
+def _make_folder(folder: Path) -> None:
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{output}: cannot be created as output folder ({error.strerror})") from None
-    if not os.access(output, os.W_OK | os.X_OK):
-        raise OSError(f"{output}: no permission to write into this output folder")
-    try:
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")
-    except torch.OutOfMemoryError:
-        raise OSError(f"{weights}: the GPU has not enough free memory for this model") from None
+        raise OSError(f"{folder}: cannot be created as output folder ({error.strerror})") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"{folder}: no permission to write into this output folder")
 
 
 @contextlib.contextmanager
@@ -165,46 +103,133 @@ def _silent_decoders() -> Iterator[None]:
         os.close(stderr)
 
 
-def _failure(picture: Path, error: Exception) -> str:
-    """Say in one sentence why a picture could not be predicted; raise `error` again where it is no fault of the picture."""
+def _failure(source: Path, error: Exception) -> str:
+    """Say in one sentence why an input could not be predicted; raise `error` again where it is no fault of the input."""
     if isinstance(error, images.ImageError):
         return str(error)
-    if isinstance(error, ValueError):
-        return f"{picture}: {error}"
+    if isinstance(error, ValueError | MemoryError | ImportError):
+        return f"{source}: {error}"
     if isinstance(error, OSError):
-        return f"{picture}: its results cannot be written ({error.strerror or error})"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return f"{picture}: not enough memory for a picture of this size"
+        return f"{source}: its results cannot be written ({error.strerror or error})"
     raise error
+
+
+class _Run:
+    """One call of the command: what there is to do, and how many inputs failed."""
+
+    def __init__(self, inputs: Sequence[Path], products: Products, folder: Path, bar: tqdm) -> None:
+        self.products, self.bar, self.failed = products, bar, 0
+        suffixes = [products.video_suffixes() if is_video(path) else products.picture_suffixes() for path in inputs]
+        names = output_names(inputs, folder, suffixes)
+        self.jobs = [(source, folder / name) for source, name in zip(inputs, names, strict=True)]
+
+    def predict_all(self) -> None:
+        """Predict every input in order, pictures that follow each other in batches."""
+        batch: list[tuple[Path, Path, np.ndarray]] = []
+        for source, stem in self.jobs:
+            if is_video(source):
+                self.predict_batch(batch)
+                batch = []
+                self.predict_video(source, stem)
+                continue
+            try:
+                with _silent_decoders():
+                    batch.append((source, stem, images.read_image(source)))
+            except Exception as error:
+                self.fail(source, error)
+            if len(batch) == self.products.predictor.batch_size:
+                self.predict_batch(batch)
+                batch = []
+        self.predict_batch(batch)
+
+    def predict_batch(self, batch: Sequence[tuple[Path, Path, np.ndarray]]) -> None:
+        """Predict pictures together; where that fails, one by one, so that each that fails has its own sentence."""
+        if not batch:
+            return
+        try:
+            predictions = self.products.predictor([image for *_, image in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                self.fail(batch[0][0], error)
+                return
+            for one in batch:
+                self.predict_batch([one])
+            return
+        for (source, stem, image), prediction in zip(batch, predictions, strict=True):
+            try:
+                self.done(source, ", ".join(map(str, self.products.write(image, prediction, stem))))
+            except Exception as error:
+                self.fail(source, error)
+
+    def predict_video(self, source: Path, stem: Path) -> None:
+        """Predict one video; frames that cannot be decoded make it a failure, but do not stop the others."""
+        try:
+            filmed = predict_video(source, self.products, stem)
+        except Exception as error:
+            self.fail(source, error)
+            return
+        files = [f"{path}{os.sep} ({filmed.frames} frames)" if path == stem else str(path) for path in filmed.paths]
+        self.done(source, ", ".join(files))
+        if filmed.damaged:
+            frames = "1 frame" if filmed.damaged == 1 else f"{filmed.damaged} frames"
+            self.complain(f"{source}: {frames} could not be decoded and left out")
+
+    def done(self, source: Path, files: str) -> None:
+        """Say what was written."""
+        self.bar.write(f"{source} -> {files}")
+        self.bar.update()
+
+    def fail(self, source: Path, error: Exception) -> None:
+        """Say why nothing more was written."""
+        self.complain(_failure(source, error))
+        self.bar.update()
+
+    def complain(self, sentence: str) -> None:
+        """Count an input that failed, and say why."""
+        self.failed += 1
+        self.bar.write(f"error: {sentence}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return its exit status."""
     from tqdm import tqdm
 
-    arguments = _arguments(argv)
+    options = parse(argv)
+    inputs, failures = _expanded(options.inputs)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if not inputs:
+        return 1
     try:
-        model = _load(arguments.weights, arguments.output)
-    except (OSError, ValueError) as error:
+        products = _products(options)
+    except (OSError, ValueError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    pictures = list(dict.fromkeys(arguments.images))
-    names = output_names(pictures, arguments.output, SUFFIXES[model.config["task"]])
-    failed = 0
     # disable=None: no progress bar unless stderr is a terminal
-    for picture, name in zip(tqdm(pictures, unit="image", disable=None if len(pictures) > 1 else True), names, strict=True):
+    with tqdm(total=len(inputs), unit="image", disable=None if len(inputs) > 1 else True) as bar:
+        run = _Run(inputs, products, options.output, bar)
         try:
-            with _silent_decoders():
-                image = images.read_image(picture)
-            paths = write_prediction(predict(model, image), model, arguments.output / name)
-        except Exception as error:
-            failed += 1
-            tqdm.write(f"error: {_failure(picture, error)}", file=sys.stderr)
-        else:
-            tqdm.write(f"{picture} -> {', '.join(map(str, paths))}")
-    if failed and len(pictures) > 1:
-        print(f"error: {failed} of {len(pictures)} pictures could not be predicted", file=sys.stderr)
+            run.predict_all()
+        except CompilerError as error:
+            bar.write(f"error: {error}", file=sys.stderr)
+            return 1
+    failed, total = run.failed + len(failures), len(inputs) + len(failures)
+    if failed and total > 1:
+        pictures = not failures and not any(map(is_video, inputs))
+        what = "pictures could not be predicted" if pictures else "inputs could not be predicted, or not in full"
+        print(f"error: {failed} of {total} {what}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _expanded(names: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The files that the inputs stand for, each once, and why others stand for none."""
+    found, failures = [], []
+    for name in names:
+        try:
+            found += expand(name)
+        except images.ImageError as error:
+            failures.append(str(error))
+    return list(dict.fromkeys(found)), failures
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ def save(model: DPT, path: str | os.PathLike[str]) -> None:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
+        (Path(folder) / "mode").touch()
+        shutil.copymode(Path(folder) / "mode", temporary)  # readable to those that the umask lets, not to its owner alone
         os.replace(temporary, path)
 
 
@@ -61,15 +65,21 @@ def load(path: str | os.PathLike[str]) -> DPT:
     return from_tensors(config, tensors, str(path))
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file. Raises as `load` does."""
+def read_safetensors(path: str | os.PathLike[str], tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors (none where `tensors` is false) and the metadata of a safetensors file. Raises as `load` does."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no weight file at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+            keys = file.keys() if tensors else []
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no safetensors file, or is truncated: {error}") from error
+
+
+def has_configuration(path: str | os.PathLike[str]) -> bool:
+    """Whether a safetensors file carries a configuration, as `save` writes it. Raises as `load` does."""
+    return "config" in read_safetensors(path, tensors=False)[1]
 
 
 def from_tensors(config: Config, tensors: Mapping[str, Tensor], source: str) -> DPT:
@@ -94,7 +104,7 @@ def from_tensors(config: Config, tensors: Mapping[str, Tensor], source: str) -> 
 
 def _compare(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], verdict: str) -> None:
     missing = [key for key in expected if key not in actual]
-    extra = [key for key in actual if key not in expected]
+    extra = [_with_nearest(key, missing or expected) for key in actual if key not in expected]
     common = [key for key in expected if key in actual]
     misshaped = [
         f"{key} is {tuple(actual[key].shape)} instead of {tuple(expected[key].shape)}"
@@ -106,6 +116,11 @@ def _compare(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], verdi
     faults = [f"{len(keys)} {kind} ({_few(keys)})" for kind, keys in kinds.items() if keys]
     if faults:
         raise ValueError(f"{verdict}: tensors {'; '.join(faults)}")
+
+
+def _with_nearest(key: str, expected: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, expected, n=1)
+    return f"{key}; the nearest expected is {near[0]}" if near else key
 
 
 def _few(names: Collection[Any]) -> str:

@@ -2,7 +2,7 @@
 
     image (B, 3, H, W), normalised --encode--> four taps --reassemble--> maps at 1/4, 1/8, 1/16, 1/32
                                    --fusion--> (B, D^, H/2, W/2) --head-->
-        depth:         inverse depth (B, H, W)
+        depth:         inverse depth (B, H, W), or with "metric_scale" and "metric_shift" in the configuration metres
         segmentation:  logits (B, K, H, W), or in training logits (B, K, H/2, W/2) and auxiliary (B, K, H/4, W/4)
 
 H and W are any multiples of the patch size.
@@ -20,7 +20,7 @@ from . import nn
 from .configs import TASKS, Config
 from .embed import embed
 from .fusion import Statistics, deepest_fusion, fusion
-from .heads import depth_head, segmentation_head, upsample_logits
+from .heads import depth_head, metric_depth, segmentation_head, upsample_logits
 from .midas import SIDE, midas
 from .parameters import Grads, Observe, Params, is_trainable, merge
 from .reassemble import reassemble, to_fusion_width
@@ -177,8 +177,9 @@ def apply(
 ) -> tuple[Any, Callable]:
     """Run the model of `config` on a normalised `image` (B, 3, H, W), float32 or float64 as the parameters.
 
-    Depth: inverse depth (B, H, W), up to scale and shift. Segmentation: `Segmentation(logits, auxiliary)`: logits (B, K, H, W)
-    and None, or with `training` logits (B, K, H/2, W/2) and auxiliary (B, K, H/4, W/4).
+    Depth: inverse depth (B, H, W), up to scale and shift; or metres, where the configuration has "metric_scale". Segmentation:
+    `Segmentation(logits, auxiliary)`: logits (B, K, H, W) and None, or with `training` logits (B, K, H/2, W/2) and auxiliary
+    (B, K, H/4, W/4).
     `vjp(doutput) -> (dimage, grads)`, doutput of the output's structure; grads has every trainable parameter's key.
     `training` makes batch norm use the batch's statistics and, where `statistics` is given, fills it with the updated running
     ones; `dropout_masks` {"head", "auxiliary"} are boolean maps of what dropout keeps. A configuration with an "encoder" is a
@@ -197,7 +198,7 @@ def apply(
     fused, decode_vjp = decode(params, taps, grid, config, training, statistics, observe)
     output: Any
     if config["task"] == "depth":
-        output, head_vjp = _depth(params, fused)
+        output, head_vjp = _depth(params, fused, config)
     elif training:
         output, head_vjp = _training_segmentation(params, fused, config["dropout"], statistics, dropout_masks or {})
     else:
@@ -220,11 +221,13 @@ def forward(params: Params, image: np.ndarray, config: Config, observe: Observe 
         return apply(params, image, config, observe=observe)[0]
 
 
-def _depth(params: Params, fused: Sequence[np.ndarray]) -> tuple[np.ndarray, Callable]:
-    depth, head_vjp = depth_head(params, "head", fused[0])
+def _depth(params: Params, fused: Sequence[np.ndarray], config: Config) -> tuple[np.ndarray, Callable]:
+    inverse, head_vjp = depth_head(params, "head", fused[0])
+    metric = "metric_scale" in config
+    depth, metric_vjp = metric_depth(inverse, config["metric_scale"], config["metric_shift"]) if metric else (inverse, None)
 
     def vjp(ddepth: np.ndarray) -> tuple[list[np.ndarray | None], Grads]:
-        dx, grads = head_vjp(ddepth)
+        dx, grads = head_vjp(ddepth if metric_vjp is None else metric_vjp(ddepth))
         return [dx, None, None, None], grads
 
     return depth, vjp

@@ -1,6 +1,7 @@
 """The heads: from the finest fused map (B, D^, H/2, W/2) to the task's output (paper section 3.2, published code for the widths).
 
     depth:         conv3x3, bilinear x2, conv3x3, ReLU, conv1x1, ReLU         -> inverse depth (B, H, W), non-negative
+    metric depth:  1 / max(scale * inverse depth + shift, 1e-8)               -> metres, of a model trained for one dataset's
     segmentation:  conv3x3, batch norm, ReLU, dropout, conv1x1                -> logits (B, K, H/2, W/2)
 
 The segmentation head's last step, bilinear x2, is separate (`upsample_logits`): training leaves it to the loss, which resizes the
@@ -16,6 +17,9 @@ import numpy as np
 from . import layers, nn
 from .fusion import Statistics, batch_norm
 from .parameters import Grads, Params, merge
+
+FARTHEST = 1e-8
+"""The smallest inverse depth, 1 / metre, that a metric model gives."""
 
 
 def depth_head(params: Params, prefix: str, x: np.ndarray, align_corners: bool = True) -> tuple[np.ndarray, Callable]:
@@ -37,6 +41,20 @@ def depth_head(params: Params, prefix: str, x: np.ndarray, align_corners: bool =
         return dx, merge(grads1, grads2, grads3)
 
     return depth[:, 0], vjp
+
+
+def metric_depth(inverse: np.ndarray, scale: float, shift: float) -> tuple[np.ndarray, Callable]:
+    """Depth in metres, 1 / max(scale * inverse + shift, 1e-8); `vjp(ddepth) -> dinverse`, zero where the maximum is 1e-8.
+
+    Source: the authors' inference code for their KITTI and NYU models.
+    """
+    affine = (scale * inverse + shift).astype(inverse.dtype)
+    depth = 1 / np.maximum(affine, FARTHEST, dtype=inverse.dtype)
+
+    def vjp(ddepth: np.ndarray) -> np.ndarray:
+        return np.where(affine >= FARTHEST, -scale * depth * depth * ddepth, 0).astype(inverse.dtype)
+
+    return depth, vjp
 
 
 def segmentation_head(

@@ -20,15 +20,23 @@ from pathlib import Path
 import numpy as np
 
 FIXTURES = Path(__file__).parent / "fixtures"
-SIZES = ((384, 384), (352, 480))
 
-# The name of each fixture, and what load_checkpoint is told its weight file holds.
+# The name of each fixture, and of a file that holds its weights.
 MODELS = {
-    "dpt-base-depth": "dpt_base",
-    "dpt-large-depth": "dpt_large",
-    "dpt-hybrid-depth": "dpt_hybrid",
-    "dpt-hybrid-ade20k": "dpt_hybrid-ade20k",
+    "dpt-base-depth": "base.pt",
+    "dpt-large-depth": "dpt_large-midas-2f21e586.pt",
+    "dpt-hybrid-depth": "dpt_hybrid-midas-501f0c75.pt",
+    "dpt-hybrid-ade20k": "dpt_hybrid-ade20k-53898607.pt",
+    "midas-v21": "midas_v21-f6b98070.pt",
+    "midas-v21_small": "midas_v21_small-70d6b9c8.pt",
 }
+
+
+def sizes(name: str) -> list[tuple[int, int]]:
+    """The (height, width) of the inputs to which fixture `name` has answers."""
+    with np.load(FIXTURES / f"{name}.npz") as fixture:
+        found = [key.removeprefix("output_").split("x") for key in fixture.files if key.startswith("output_")]
+    return [(int(height), int(width)) for height, width in found]
 
 
 def layout(name: str) -> dict[str, list[int]]:
@@ -72,13 +80,14 @@ def compare(
     name: str,
     function: Callable[[np.ndarray], np.ndarray],
     tolerance: float,
-    sizes: tuple[tuple[int, int], ...] = SIZES,
+    inputs: list[tuple[int, int]] | None = None,
 ) -> None:
     """Assert that `function` answers as the authors' code did: image (1, 3, H, W) to depth (1, H, W) or logits (1, K, H, W).
 
     The samples agree to `tolerance` in relative 2-norm, and the statistics of the whole output to `tolerance` of its scale.
+    `inputs` are the sizes compared, by default all.
     """
-    for height, width in sizes:
+    for height, width in sizes(name) if inputs is None else inputs:
         with np.load(FIXTURES / f"{name}.npz") as fixture:
             samples, statistics = fixture[f"output_{height}x{width}"], fixture[f"stats_{height}x{width}"]
         output = np.asarray(function(published_input(height, width)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -336,6 +337,9 @@ def test_an_unknown_name_is_an_attribute_error():
     assert set(accelerated.__all__) <= set(dir(accelerated))
 
 
+METRIC = {"metric_scale": 0.1, "metric_shift": 0.1, "metric_png_scale": 256}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -343,9 +347,49 @@ def test_an_unknown_name_is_an_attribute_error():
         ({"head_widths": None, "depth": None}, "lacks depth, head_widths"),
         ({"resize_method": "stretch"}, "unknown resize_method 'stretch'"),
         ({"resize_multiple": 24}, "resize_multiple is 24: expected a multiple of patch_size, 16"),
+        ({"network_size": [480, 640, 3]}, r"network_size is \[480, 640, 3\]: expected a number of pixels, or two"),
+        ({"network_size": 0}, "network_size is 0: expected a number of pixels"),
+        ({"network_size": "384"}, "network_size is '384': expected a number of pixels"),
+        ({"metric_scale": 1.0, "metric_shift": 0.1}, "lacks metric_png_scale"),
+        (METRIC | {"metric_scale": 0}, "metric_scale is 0: expected a positive number"),
+        (METRIC | {"metric_shift": -0.1}, "metric_shift is -0.1: expected a positive number"),
+        (METRIC | {"metric_scale": float("inf")}, "metric_scale is inf: expected a positive number"),
+        (METRIC | {"metric_png_scale": "256"}, "metric_png_scale is '256': expected a positive number"),
     ],
 )
 def test_a_configuration_that_prepares_no_image_is_refused(change, message):
     config = {key: value for key, value in (accelerated.configuration("dpt_tiny") | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         DPT(config)
+
+
+def test_metres_belong_to_a_depth_model():
+    config = accelerated.configuration("dpt_tiny", "segmentation") | METRIC
+    with pytest.raises(
+        ValueError, match="has metric_scale, metric_shift, metric_png_scale: expected them of a DPT for depth alone"
+    ):
+        DPT(config)
+    with pytest.raises(ValueError, match="expected them of a DPT for depth alone"):
+        accelerated.dpt.from_config(accelerated.configuration("midas_v21_small") | METRIC)
+
+
+def test_a_metric_model_is_read_by_both_forms(tmp_path):
+    config = small("dpt_hybrid") | METRIC | {"network_size": [32, 64]}
+    path, image = tmp_path / "metric.safetensors", np.random.default_rng(0).standard_normal((1, 3, 32, 48)).astype(np.float32)
+    accelerated.save(DPT(config).eval(), path)
+    model, (params, read) = accelerated.load(path), reference.load(path)
+    assert model.config == read == config
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(image)).numpy()
+    np.testing.assert_allclose(reference.forward(params, image, read), expected, rtol=1e-4)
+    assert expected.max() <= 1 / METRIC["metric_shift"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_weight_file_is_readable_to_those_that_the_umask_lets(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        accelerated.save(DPT(small("dpt_base")), tmp_path / "weights.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask

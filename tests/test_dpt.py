@@ -50,6 +50,19 @@ def test_depth_model_in_both_forms(config, batch, grid, seed):
     assert all(g.any() for k, g in grads.items() if k.startswith(("head.conv3", "fusion.0.project")))
 
 
+@settings(max_examples=15)
+@given(config=configs(), grid=grids(), scale=st.floats(0.01, 1), shift=st.floats(0.01, 1), seed=st.integers(0, 999))
+def test_metric_model_in_both_forms(config, grid, scale, shift, seed):
+    """The same network gives inverse depth without, and metres with the two numbers, which are no parameters."""
+    rng = np.random.default_rng(seed)
+    params = model_parameters(config, seed)
+    image = rng.standard_normal((2, 3, 16 * grid[0], 16 * grid[1]))
+    metric = config | {"metric_scale": scale, "metric_shift": shift, "metric_png_scale": 256}
+    (depth,), _ = run_both(metric, params, image, False, rng)
+    inverse = reference.apply(params, image, config)[0]
+    assert_same(depth, 1 / (scale * inverse + shift), MODEL)
+
+
 @given(
     config=configs("segmentation"), training=st.booleans(), batch=st.integers(2, 3), grid=grids(3, 4), seed=st.integers(0, 999)
 )

@@ -3,11 +3,12 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from accelerated.heads import DepthHead, SegmentationHead, upsample
+from accelerated.heads import FARTHEST, DepthHead, SegmentationHead, metric_depth, upsample
 from reference.heads import depth_head, segmentation_head, upsample_logits
+from reference.heads import metric_depth as reference_metric_depth
 from tests.equality import LOGIC, MODEL, assert_same
 from tests.models import assert_same_operation, grids, model_parameters, small
 
@@ -33,6 +34,36 @@ def test_inverse_depth_is_never_negative_and_closed_pixels_pass_no_gradient(bias
     dx, grads = vjp((depth == 0).astype(np.float64))
     assert not dx.any()
     assert not any(g.any() for g in grads.values())
+
+
+@given(
+    scale=st.floats(1e-5, 2),
+    shift=st.floats(0, 1),
+    offset=st.sampled_from([0.0, -0.5]),
+    seed=st.integers(0, 99),
+)
+def test_metric_depth_in_both_forms(scale, shift, offset, seed):
+    """Also where the inverse depth would be negative or zero: there depth is 1e8 metres, and passes no gradient."""
+    rng = np.random.default_rng(seed)
+    inverse, ddepth = rng.random((2, 3, 4)) + offset, rng.standard_normal((2, 3, 4))
+    assume((np.abs(scale * inverse + shift - FARTHEST) > 1e-12).all())
+    depth, vjp = reference_metric_depth(inverse, scale, shift)
+    leaf = torch.tensor(inverse, requires_grad=True)
+    ours = metric_depth(leaf, scale, shift)
+    ours.backward(torch.tensor(ddepth))
+    assert_same(ours.detach().numpy(), depth, LOGIC)
+    assert_same(leaf.grad.numpy(), vjp(ddepth), LOGIC)
+    expected = 1 / np.maximum(scale * inverse + shift, 1e-8)
+    assert_same(depth, expected, LOGIC)
+    assert (depth[scale * inverse + shift < 1e-8] == 1e8).all()
+    assert not vjp(ddepth)[scale * inverse + shift < 1e-8].any()
+
+
+def test_metric_depth_keeps_the_precision_it_can():
+    inverse = torch.tensor([2.0, 400.0])
+    assert metric_depth(inverse.bfloat16(), 0.0001, 0.005).dtype == torch.float32
+    assert metric_depth(inverse.double(), 0.0001, 0.005).dtype == torch.float64
+    assert reference_metric_depth(inverse.numpy(), 0.0001, 0.005)[0].dtype == np.float32
 
 
 @given(

@@ -19,13 +19,14 @@ SIDES = st.integers(1, 40)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def configuration(size: int = 24, multiple: int = 4, method: str = "minimal") -> dict[str, Any]:
+def configuration(size: int | list[int] = 24, multiple: int = 4, method: str = "minimal") -> dict[str, Any]:
     return {"network_size": size, "resize_multiple": multiple, "resize_method": method, "image_mean": MEAN, "image_std": STD}
 
 
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
-    return configuration(draw(st.integers(3, 48)), draw(st.integers(1, 14)), draw(st.sampled_from(RESIZE_METHODS)))
+    size = draw(st.integers(3, 48) | st.lists(st.integers(3, 48), min_size=2, max_size=2))
+    return configuration(size, draw(st.integers(1, 14)), draw(st.sampled_from(RESIZE_METHODS)))
 
 
 def cubic_weights(n_in: int, n_out: int) -> np.ndarray:
@@ -81,12 +82,16 @@ def test_preprocess_is_opencv_as_the_authors_use_it(
     assert_same(actual, resized, opencv_bound(height, width), scale=1.0)
 
 
-@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(384, 32), (480, 32), (128, 32), (518, 14), (500, 32)]))
-def test_minimal_is_what_hugging_face_computes(height: int, width: int, sizes: tuple[int, int]) -> None:
+HUGGING_FACE = [(384, 32), (480, 32), (128, 32), (518, 14), (500, 32), ([352, 1216], 32), ([480, 640], 32), ([640, 100], 14)]
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from(HUGGING_FACE))
+def test_minimal_is_what_hugging_face_computes(height: int, width: int, sizes: tuple[int | list[int], int]) -> None:
     module = pytest.importorskip("transformers.models.dpt.image_processing_dpt")
     image = np.broadcast_to(np.uint8(0), (3, height, width))
     size, multiple = sizes
-    expected = module.get_resize_output_image_size(image, (size, size), keep_aspect_ratio=True, multiple=multiple)
+    both = (size, size) if isinstance(size, int) else tuple(size)
+    expected = module.get_resize_output_image_size(image, both, keep_aspect_ratio=True, multiple=multiple)
     expected = (max(expected.height, multiple), max(expected.width, multiple))  # where theirs is 0, ours is one multiple
     assert network_shape(height, width, configuration(size, multiple)) == expected
 
@@ -117,18 +122,20 @@ def test_network_shape_by_hand(size: tuple[int, int], method: str, expected: tup
 def test_network_shape_has_the_properties_of_its_method(height: int, width: int, config: dict[str, Any]) -> None:
     size, multiple, method = config["network_size"], config["resize_multiple"], config["resize_method"]
     shape = network_shape(height, width, config)
-    scales = (size / height, size / width)
+    sizes = [size, size] if isinstance(size, int) else size
+    scales = (sizes[0] / height, sizes[1] / width)
     choose = {"lower_bound": max, "upper_bound": min}.get(method, lambda s: min(s, key=lambda scale: abs(scale - 1)))
-    for side, length in zip(shape, (height, width), strict=True):
+    for side, length, wanted in zip(shape, (height, width), sizes, strict=True):
         ideal = choose(scales) * length
         assert side % multiple == 0
         assert side >= multiple
         assert abs(side - ideal) < multiple * (1 + 1e-9)
         assert abs(side - ideal) <= multiple / 2 * (1 + 1e-9) or side == multiple or method != "minimal"
-        assert side >= size or method != "lower_bound"
-        assert side <= max(size, multiple) or method != "upper_bound"
+        assert side >= wanted or method != "lower_bound"
+        assert side <= max(wanted, multiple) or method != "upper_bound"
     if abs(abs(scales[0] - 1) - abs(scales[1] - 1)) > 1e-9:
-        assert network_shape(width, height, config) == shape[::-1]
+        turned = config | {"network_size": size if isinstance(size, int) else size[::-1]}
+        assert network_shape(width, height, turned) == shape[::-1]
 
 
 def test_the_bounds_round_away_from_what_the_nearest_multiple_would_undercut_or_exceed() -> None:
@@ -138,10 +145,27 @@ def test_the_bounds_round_away_from_what_the_nearest_multiple_would_undercut_or_
 
 
 @pytest.mark.parametrize(
+    ("size", "method", "expected"),
+    [
+        ((352, 1216), "minimal", (352, 1216)),
+        ((375, 1242), "minimal", (352, 1216)),  # 0.9387 and 0.9791: the width's, and 367.1 pixels are 11.47 multiples
+        ((480, 640), "minimal", (352, 480)),  # 0.7333 and 1.9: the height's, and 469.3 pixels are 14.67 multiples
+        ((704, 1216), "lower_bound", (704, 1216)),  # the width decides, the height is far above its own bound
+        ((704, 1216), "upper_bound", (352, 608)),
+        ((200, 1300), "lower_bound", (352, 2304)),  # 1.76: 2288 is 71.5 multiples, to the even 72
+        ((360, 1216), "upper_bound", (352, 1184)),  # 0.9778: 1188.98 is 37.2 multiples
+    ],
+)
+def test_network_shape_of_two_sizes_by_hand(size: tuple[int, int], method: str, expected: tuple[int, int]) -> None:
+    assert network_shape(*size, configuration([352, 1216], 32, method)) == expected
+
+
+@pytest.mark.parametrize(
     ("image", "words"),
     [
         (np.zeros((4, 5)), r"shape \(4, 5\)"),
         (np.zeros((4, 5, 4), np.uint8), r"shape \(4, 5, 4\)"),
+        (np.broadcast_to(np.uint8(0), (20_000, 5001, 3)), r"shape \(20000, 5001, 3\): expected at most 100,000,000 pixels"),
         (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\)"),
         (np.zeros((4, 5, 3), np.int32), "dtype int32"),
         (np.zeros((4, 5, 3), np.uint16), "dtype uint16"),

@@ -44,7 +44,7 @@ def test_a_wheel_holds_every_source_and_nothing_else(wheel):
         path.relative_to(source).as_posix()
         for room in ROOMS
         for path in (source / room).rglob("*")
-        if path.is_file() and path.suffix in {".py", ".pyx", ".pxd", ".cu", ".cuh", ".h", ".yaml"}
+        if path.is_file() and path.suffix in {".py", ".pyx", ".pxd", ".cu", ".cuh", ".h", ".yaml", ".css", ".js"}
     }
     assert expected >= {"kernels/fusion.cu", "accelerated/recipes/demo.yaml", "reference/nn/conv2d_cython.pyx"}
     compiled = {name for name in packed if name.endswith(".so")}

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from accelerated.checkpoints.authors import read_state_dict
 from accelerated.checkpoints.huggingface_config import Json, translate
+from accelerated.checkpoints.state_dicts import read_state_dict
 from accelerated.configs import Config
 from accelerated.dpt import DPT
 from accelerated.heads import SegmentationHead
@@ -156,5 +156,5 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / "model.safetensors").is_file():
         return read_safetensors(folder / "model.safetensors")[0]
     if (folder / "pytorch_model.bin").is_file():
-        return dict(read_state_dict(folder / "pytorch_model.bin"))
+        return read_state_dict(folder / "pytorch_model.bin")
     raise FileNotFoundError(f"{folder} has no weights: expected model.safetensors or pytorch_model.bin in it")

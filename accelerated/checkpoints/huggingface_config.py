@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerated.configs import CONFIGS, Config, configuration, validate
+from accelerated.config_checks import validate
+from accelerated.configs import CONFIGS, Config, configuration
 
 Json = dict[str, Any]
 

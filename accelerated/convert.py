@@ -18,9 +18,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import accelerated
+from accelerated.command_line import Parser
 
 if TYPE_CHECKING:
     from accelerated import DPT
@@ -75,13 +76,8 @@ def _refuse_to_replace(source: Path, target: Path, paths: Sequence[Path], force:
             raise FileExistsError(f"{target} exists: expected a new name, or --force")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help explains the options)\n")
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m accelerated.convert", description="Convert a weight file.", allow_abbrev=False)
+    parser = Parser(prog="python -m accelerated.convert", description="Convert a weight file.", allow_abbrev=False)
     parser.add_argument("source", metavar="SRC", type=Path, help="weight file or folder to convert")
     parser.add_argument(
         "target", metavar="DST", type=Path, help="file ending in .safetensors (ours), or a folder (Hugging Face's layout)"

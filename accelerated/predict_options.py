@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from accelerated.command_line import Parser, add_model_options, check_model, matched
 from accelerated.outputs import DEFAULT_FOV, DEFAULT_KINDS, DEFAULT_VIDEO_KINDS, KINDS
-from accelerated.placement import DEVICES, DTYPES, is_device_name
 
 TAPS = "taps"
 _EVERY_KIND = tuple(dict.fromkeys(kind for kinds in KINDS.values() for kind in kinds))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help explains the options)\n")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. Ends the process with status 2 and one sentence where it makes no sense, whatever the model."""
     parser = _parser()
     options = parser.parse_intermixed_args(argv)
-    if options.weights is None and options.model is None:
-        parser.error("nothing says which model: expected --weights FILE, or --model NAME for one that is published")
+    check_model(parser, options)
     if options.fov is not None and "ply" not in (options.save or ()):
         parser.error("--fov is for the point clouds of --save ply, which is not among what is saved")
     if options.attention is None and not (options.head == options.point is None):
@@ -35,21 +27,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m accelerated.predict", description="Predict depth or classes for pictures and videos.", allow_abbrev=False
     )
     add = parser.add_argument
     add("inputs", metavar="INPUT", nargs="+", help='pictures, videos, folders of them, patterns such as "photos/**/*.jpg"')
     add("--output", metavar="DIR", required=True, type=Path, help="folder for the results, created where missing")
-    group = parser.add_argument_group("the model")
-    add = group.add_argument
-    add("--weights", metavar="FILE", type=Path, help="weights: as training writes them, the authors' file, Hugging Face's folder")
-    add("--model", metavar="NAME", help="what the weights are; without --weights, the published model to find or fetch")
-    add("--device", type=_device, default="auto", help=f"where to compute: {DEVICES} (default: auto)")
-    add("--dtype", choices=list(DTYPES), default="float32", help="the network's precision (default: float32)")
+    add = add_model_options(parser).add_argument
     add("--compile", action="store_true", help="through torch.compile: takes its time for every new size, then is faster")
-    add("--size", metavar="N|HxW", type=_size, help="the network's size in pixels, in place of the one it was trained for")
     add("--batch-size", metavar="N", type=_count, default=1, help="how many pictures or frames to predict at once (default: 1)")
     add("--multi-scale", action="store_true", help="segmentation over scales, windows and mirror images: slow, and better")
     add("--kitti-crop", action="store_true", help="look at the bottom-centre 1216 x 352 pixels only, as KITTI's benchmark does")
@@ -66,26 +52,8 @@ def _parser() -> _Parser:
     return parser
 
 
-def _matched(pattern: str, text: str, expected: str) -> re.Match[str]:
-    match = re.fullmatch(pattern, text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
-    return match
-
-
-def _device(text: str) -> str:
-    if not is_device_name(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {DEVICES}")
-    return text
-
-
-def _size(text: str) -> int | tuple[int, int]:
-    match = _matched(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?", text, "pixels, as in 384, or height x width, as in 352x1216")
-    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
-
-
 def _count(text: str) -> int:
-    return int(_matched(r"[1-9][0-9]{0,5}", text, "a whole number of at least 1")[0])
+    return int(matched(r"[1-9][0-9]{0,5}", text, "a whole number of at least 1")[0])
 
 
 def _kinds(text: str) -> tuple[str, ...]:
@@ -108,13 +76,13 @@ def _fov(text: str) -> float:
 
 def _block(text: str) -> int | str:
     expected = f"the number of a block, from 0, or {TAPS}"
-    return text if text == TAPS else int(_matched(r"[0-9]{1,6}", text, expected)[0])
+    return text if text == TAPS else int(matched(r"[0-9]{1,6}", text, expected)[0])
 
 
 def _head(text: str) -> int | str:
-    return text if text == "mean" else int(_matched(r"[0-9]{1,6}", text, "the number of a head, from 0, or mean")[0])
+    return text if text == "mean" else int(matched(r"[0-9]{1,6}", text, "the number of a head, from 0, or mean")[0])
 
 
 def _point(text: str) -> tuple[int, int]:
-    match = _matched(r"([0-9]{1,9}),([0-9]{1,9})", text, "a pixel X,Y counted from 0,0 in the upper left, as in 120,80")
+    match = matched(r"([0-9]{1,9}),([0-9]{1,9})", text, "a pixel X,Y counted from 0,0 in the upper left, as in 120,80")
     return int(match[1]), int(match[2])

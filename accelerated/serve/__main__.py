@@ -13,14 +13,15 @@ import argparse
 import errno
 import logging
 import os
-import re
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from accelerated.command_line import Parser, add_model_options, check_model, matched
 
 if TYPE_CHECKING:
     from accelerated.predictor import Predictor
@@ -35,40 +36,24 @@ POLICY = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help explains the options)\n")
-
-
 def _port(text: str) -> int:
-    if re.fullmatch("[0-9]{1,5}", text) is None or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0, which takes any free port, to 65535")
-    return int(text)
-
-
-def _size(text: str) -> int | tuple[int, int]:
-    match = re.fullmatch(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected pixels, as in 384, or height x width, as in 352x1216")
-    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
+    expected = "a number from 0, which takes any free port, to 65535"
+    port = int(matched("[0-9]{1,5}", text, expected)[0])
+    if port > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+    return port
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m accelerated.serve",
         description="Serve a page, on this computer only, that shows what a model sees in a picture.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--weights", metavar="FILE", type=Path, help="weights: as training writes them, the authors' file, Hugging Face's folder")
-    add("--model", metavar="NAME", help="what the weights are; without --weights, the published model to find or fetch")
-    add("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:N, mps or xpu (default: auto)")
-    add("--dtype", default="float32", help="float32 (default), bfloat16, float16 or float64")
-    add("--size", metavar="N|HxW", type=_size, help="the network's size in pixels, in place of the one it was trained for")
-    add("--port", metavar="N", type=_port, default=7860, help="default: 7860; 0 takes any free one")
+    add_model_options(parser)
+    parser.add_argument("--port", metavar="N", type=_port, default=7860, help="default: 7860; 0 takes any free one")
     options = parser.parse_args(argv)
-    if options.weights is None and options.model is None:
-        parser.error("nothing says which model: expected --weights FILE, or --model NAME for one that is published")
+    check_model(parser, options)
     return options
 
 

@@ -2,55 +2,110 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels import launch
-from kernels.fusion import upsample_add, upsample_backward
+from kernels import host, launch
+from kernels.compile import compile_source
+from kernels.fusion import SOURCE, upsample_add, upsample_backward
+from reference import nn
 from tests.equality import assert_same
+from tests.guarded import BFLOAT16, LOW, U, assert_rounded, guarded, untouched
+from tests.test_kernels_host import sanitized
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-LOW = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
-U = 2.0**-24  # the relative rounding error of float32
+# Sizes that are multiples of nothing, and of a vector of 16 bytes.
+LENGTH = st.one_of(st.integers(1, 11), st.sampled_from([4, 8, 16]))
+OUT_LENGTH = st.one_of(st.integers(1, 17), st.sampled_from([8, 16, 24]))
+LAYOUT_RUNG = [("channels_first", 1), ("channels_first", 2), ("channels_last", 2)]
 
-# (batch, channels, height, width, out_height, out_width): multiples of nothing, larger, smaller, equal, and one pixel.
-SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3), *[st.integers(1, 11)] * 2, *[st.integers(1, 17)] * 2)
-CORNERS = [(1, 1, 1, 1, 1, 1), (2, 1, 5, 7, 5, 7), (1, 2, 6, 5, 1, 1), (1, 1, 1, 1, 4, 9), (1, 1, 2, 300, 1, 40009)]
+
+class Case(NamedTuple):
+    """One call: the sizes of both maps, how the kernel is chosen, where arrays begin, and how the GPU is filled and scheduled."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    layout: str = "channels_first"
+    rung: int = 2
+    shift: int = 0  # elements that arrays begin after a multiple of 16 bytes
+    threads: int = 2**17  # that fill the GPU: the fewer, the more rows each thread walks down
+    seed: int = 0
+
+
+CASES = st.builds(
+    lambda layout_rung, *rest: Case(*rest[:6], *layout_rung, *rest[6:]),
+    st.sampled_from(LAYOUT_RUNG),
+    st.integers(1, 3),
+    LENGTH,
+    LENGTH,
+    LENGTH,
+    OUT_LENGTH,
+    OUT_LENGTH,
+    st.sampled_from([0, 0, 1]),
+    st.sampled_from([1, 50, 2**17]),
+    st.integers(0, 2**32 - 1),
+)
+# (batch, channels, height, width, out_height, out_width): larger, smaller, equal, and one pixel; float32 positions on the last
+# one's axis would be a hundred bounds off.
+CORNERS = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 1, 5, 7, 5, 7),
+    (1, 2, 6, 5, 1, 1),
+    (1, 1, 1, 1, 4, 9),
+    (1, 1, 2, 300, 1, 40009),
+    (1, 1, 300, 2, 9001, 1),
+]
+CORNERS += [(1, 8, 4, 4, 8, 8), (1, 5, 6, 8, 12, 16), (1, 4, 20, 3, 7, 8), (3, 1, 2, 9, 2, 40), (1, 4, 9, 2, 40, 8)]
 
 
 def with_corners(test):
-    """Draw shapes and seeds, and always try CORNERS; float32 positions on the last one's axis would be a hundred bounds off."""
-    for shape in CORNERS:
-        test = example(shape=shape, seed=0)(test)
-    return given(shape=SHAPES, seed=st.integers(0, 2**32 - 1))(test)
+    """Draw cases, and always try CORNERS, on every rung and in every layout."""
+    for sizes in CORNERS:
+        for layout, rung in LAYOUT_RUNG:
+            test = example(case=Case(*sizes, layout, rung, threads=1))(test)
+    return given(case=CASES)(test)
 
 
-def guarded(values: np.ndarray) -> np.ndarray:
-    """A copy between NaNs: a read beyond either end spoils the result, and `untouched` finds a write."""
-    padded = np.full(values.size + 128, np.nan, values.dtype)
-    inner = padded[64:-64].reshape(values.shape)
-    inner[...] = values
-    return inner
-
-
-def untouched(inner: np.ndarray) -> bool:
-    return bool(np.isnan(inner.base[:64].astype(float)).all() and np.isnan(inner.base[-64:].astype(float)).all())
-
-
-def draw(shape: tuple[int, ...], seed: int, dtype: np.dtype, forward: bool) -> tuple[np.ndarray, ...]:
-    """Arrays for one call, inputs and an output full of NaN, all guarded."""
-    rng = np.random.default_rng(seed)
-    small, large = (*shape[:2], *shape[2:4]), (*shape[:2], *shape[4:])
+def draw(case: Case, dtype: np.dtype, forward: bool) -> tuple[np.ndarray, ...]:
+    """Arrays for one call, channels first, inputs and an output full of NaN."""
+    rng = np.random.default_rng(case.seed)
+    small, large = case[:4], (*case[:2], *case[4:6])
     scale = 2.0 ** rng.integers(-20, 4)  # down to the subnormal numbers of float16
     shapes = (small, large) if forward else (large,)
-    inputs = [guarded((scale * rng.standard_normal(s)).astype(dtype)) for s in shapes]
-    return *inputs, guarded(np.full(large if forward else small, np.nan, dtype))
+    inputs = [(scale * rng.standard_normal(s)).astype(dtype) for s in shapes]
+    return *inputs, np.full(large if forward else small, np.nan, dtype)
+
+
+def laid_out(case: Case, array: np.ndarray) -> np.ndarray:
+    """A guarded copy of a map (B, C, H, W) in the case's layout."""
+    return guarded(array.transpose(0, 2, 3, 1) if case.layout == "channels_last" else array, case.shift)
+
+
+def channels_first(case: Case, array: np.ndarray) -> np.ndarray:
+    return array.transpose(0, 3, 1, 2) if case.layout == "channels_last" else array
+
+
+def run(case: Case, kernel, inputs: Sequence[np.ndarray], out: np.ndarray, races: bool = False) -> np.ndarray:
+    """Call a wrapper on guarded copies of these arrays (B, C, H, W); the result, channels first."""
+    given_, result = [laid_out(case, array) for array in inputs], laid_out(case, out)
+    with pytest.MonkeyPatch.context() as patch, host.schedule(case.seed, races=races):
+        patch.setattr("kernels.fusion.THREADS", case.threads)
+        assert kernel(*given_, result, layout=case.layout, rung=case.rung) is result
+    assert untouched(result)
+    for array, copy in zip(inputs, given_, strict=True):
+        np.testing.assert_array_equal(channels_first(case, copy), array)
+    return channels_first(case, result)
 
 
 def torch_upsample(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -66,17 +121,8 @@ def torch_backward(dout: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def assert_within(actual: np.ndarray, expected: np.ndarray, terms: np.ndarray, roundings: int) -> None:
-    """Float32 arithmetic, then one rounding to the result's dtype.
-
-    Each term meets at most `roundings` float32 roundings, so the sum errs by `roundings` * 2^-24 of the sum of the absolute
-    `terms`; then at most half a unit in the last place, or half the smallest subnormal number, of the result's dtype.
-    """
-    allowed = roundings * U / (1 - roundings * U) * terms
-    if actual.dtype != np.float32:
-        kind = ml_dtypes.finfo(actual.dtype)
-        allowed = allowed + np.maximum(float(kind.eps) / 2 * (np.abs(expected) + allowed), float(kind.smallest_subnormal) / 2)
-    error = np.abs(actual.astype(np.float64) - expected)
-    assert (error <= allowed).all(), f"{actual.dtype} errs by {(error / np.maximum(allowed, 1e-300)).max():.3g} times the bound"
+    """Each term meets at most `roundings` float32 roundings: the sum errs by that many times 2^-24 of the sum of |`terms`|."""
+    assert_rounded(actual, expected, roundings * U / (1 - roundings * U) * terms)
 
 
 def assert_forward(x: np.ndarray, skip: np.ndarray, out: np.ndarray) -> None:
@@ -94,21 +140,58 @@ def assert_backward(dout: np.ndarray, dx: np.ndarray) -> None:
 
 
 @with_corners
-def test_kernel_upsample_add_is_the_formula(shape, seed):
-    x, skip, out = draw(shape, seed, np.dtype(np.float64), forward=True)
-    assert upsample_add(x, skip, out) is out
+def test_kernel_upsample_add_is_the_formula(case):
+    x, skip, out = draw(case, np.dtype(np.float64), forward=True)
+    out = run(case, upsample_add, (x, skip), out)
     assert_same(out, torch_upsample(x, skip.shape[2:]) + skip)
-    assert untouched(out)
-    assert_same(upsample_add(x, skip), out, rtol=0)
+    assert_same(out, nn.resize_bilinear(x, skip.shape[2:], align_corners=True)[0] + skip)
+    assert_same(upsample_add(x, skip), out, rtol=0)  # every rung, in every layout and at every length of a walk: the same sums
 
 
 @with_corners
-def test_kernel_upsample_backward_is_the_gradient(shape, seed):
-    dout, dx = draw(shape, seed, np.dtype(np.float64), forward=False)
-    assert upsample_backward(dout, dx.shape[2:], dx) is dx
-    assert_same(dx, torch_backward(dout, dx.shape[2:]))
-    assert untouched(dx)
-    assert_same(upsample_backward(dout, dx.shape[2:]), dx, rtol=0)
+def test_kernel_upsample_backward_is_the_gradient(case):
+    dout, dx = draw(case, np.dtype(np.float64), forward=False)
+    size = dx.shape[2:]
+    dx = run(case, lambda dout, out, **how: upsample_backward(dout, case[2:4], out, **how), (dout,), dx)
+    assert_same(dx, torch_backward(dout, size))
+    assert_same(dx, nn.resize_bilinear(np.zeros_like(dx), dout.shape[2:], align_corners=True)[1](dout))
+    assert_same(upsample_backward(dout, size), dx, rtol=0)
+
+
+@settings(max_examples=10)
+@given(case=CASES)
+def test_kernel_upsample_has_no_race(case):
+    x, skip, out = draw(case, np.dtype(np.float32), forward=True)
+    run(case, upsample_add, (x, skip), out, races=True)
+    run(
+        case,
+        lambda dout, out, **how: upsample_backward(dout, case[2:4], out, **how),
+        (skip,),
+        np.full_like(x, np.nan),
+        races=True,
+    )
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize(("layout", "rung"), LAYOUT_RUNG)
+def test_kernel_upsample_keeps_what_is_not_finite_where_it_belongs(layout, rung, value):
+    """A gradient reaches the elements that its output read, with a weight that is not 0, and no other; and so does not NaN."""
+    case = Case(1, 8, 5, 4, 9, 7, layout, rung, threads=1)
+    for row, readers in ((4, [2]), (3, [1, 2])):  # row 4 falls on row 2 of x exactly, row 3 between two; column 2 on column 1
+        dout = np.ones((1, 8, 9, 7))
+        dout[0, 3, row, 2] = value
+        dx = run(
+            case, lambda dout, out, **how: upsample_backward(dout, (5, 4), out, **how), (dout,), np.full((1, 8, 5, 4), np.nan)
+        )
+        assert [tuple(map(int, index)) for index in np.argwhere(~np.isfinite(dx))] == [(0, 3, reader, 1) for reader in readers]
+        np.testing.assert_equal(dx[0, 3, readers, 1], np.full(len(readers), value))
+    x, skip = np.ones((1, 8, 5, 4)), np.zeros((1, 8, 9, 7))
+    x[0, 3, 2, 1] = value
+    out = run(case, upsample_add, (x, skip), np.full_like(skip, np.nan))
+    rows, columns = np.meshgrid(np.arange(9), np.arange(7), indexing="ij")
+    near = (np.abs(rows - 4) < 2) & (np.abs(columns - 2) < 2)
+    assert np.isfinite(out[0, 3][~near]).all() and np.isfinite(np.delete(out, 3, axis=1)).all()
+    assert not np.isfinite(out[0, 3][near]).any()
 
 
 def test_kernel_positions_are_exact_on_a_long_axis():
@@ -128,20 +211,47 @@ def test_kernel_positions_are_exact_on_a_long_axis():
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @with_corners
-def test_kernel_upsample_add_rounds_as_its_dtype_must(dtype, shape, seed):
-    x, skip, out = draw(shape, seed, dtype, forward=True)
-    upsample_add(x, skip, out)
-    assert_forward(x, skip, out)
-    assert untouched(out)
+def test_kernel_upsample_add_rounds_as_its_dtype_must(dtype, case):
+    x, skip, out = draw(case, dtype, forward=True)
+    assert_forward(x, skip, run(case, upsample_add, (x, skip), out))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @with_corners
-def test_kernel_upsample_backward_rounds_as_its_dtype_must(dtype, shape, seed):
-    dout, dx = draw(shape, seed, dtype, forward=False)
-    upsample_backward(dout, dx.shape[2:], dx)
-    assert_backward(dout, dx)
-    assert untouched(dx)
+def test_kernel_upsample_backward_rounds_as_its_dtype_must(dtype, case):
+    dout, dx = draw(case, dtype, forward=False)
+    assert_backward(dout, run(case, lambda dout, out, **how: upsample_backward(dout, case[2:4], out, **how), (dout,), dx))
+
+
+def test_kernel_upsample_stays_within_its_arrays():
+    """Under the sanitizers, which see also what is read beyond an array and not used, and unaligned pieces of 16 bytes."""
+    done = sanitized("""
+import numpy as np
+from kernels import fusion
+from tests.guarded import off
+fusion.THREADS = 1
+for b, c, h, w, H, W in [(1, 8, 4, 4, 8, 8), (3, 5, 5, 3, 13, 7), (1, 3, 9, 4, 2, 40), (2, 4, 2, 8, 16, 16)]:
+    for dtype, apart in [(np.float64, 0), *((np.float16, apart) for apart in range(4))]:
+        for layout, rung in [("channels_first", 1), ("channels_first", 2), ("channels_last", 2)]:
+            small, large = ((b, c, h, w), (b, c, H, W)) if layout == "channels_first" else ((b, h, w, c), (b, H, W, c))
+            x, skip, out = (off(shape, dtype, apart == k) for k, shape in ((1, small), (2, large), (3, large)))
+            fusion.upsample_add(x, skip, out, layout=layout, rung=rung)
+            fusion.upsample_backward(skip, (h, w), x, layout=layout, rung=rung)
+print("survived")
+""")
+    assert done.stdout == "survived\n", done.stderr
+
+
+@pytest.mark.parametrize("architecture", [75, 90])
+def test_kernel_fusion_keeps_everything_in_registers(architecture):
+    try:
+        compiled = compile_source(SOURCE, architecture)
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert len(compiled.resources) == 3 * len(SOURCE.templates)
+    for name, (registers, spilled) in compiled.resources.items():
+        assert registers <= 128 and spilled == 0, name
+    assert set(re.findall(r"(\d+) bytes stack frame", compiled.log)) == {"0"}
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
@@ -209,6 +319,31 @@ READ_ONLY.flags.writeable = False
             ValueError,
             "x begins at an address that is no multiple of its 4-byte",
         ),
+        (lambda: upsample_add(maps(), maps(), rung=3), ValueError, "rung is 3, expected a whole number from 1 to 2"),
+        (lambda: upsample_add(maps(), maps(), rung=0), ValueError, "rung is 0, expected"),
+        (lambda: upsample_add(maps(), maps(), rung=True), ValueError, "rung is True, expected"),
+        (
+            lambda: upsample_add(maps(), maps(), layout="NHWC"),
+            ValueError,
+            "layout is 'NHWC', expected one of channels_first, chann",
+        ),
+        (
+            lambda: upsample_add(maps(), maps(), layout="channels_last", rung=1),
+            ValueError,
+            "rung is 1, expected more: channels last",
+        ),
+        (
+            lambda: upsample_add(maps(), maps((2, 3, 4, 6)), layout="channels_last"),
+            ValueError,
+            "the same batch size and channels",
+        ),
+        (lambda: upsample_add(maps((3, 4, 5)), maps(), layout="channels_last"), ValueError, r"expected \(B, H, W, C\)"),
+        (lambda: upsample_backward(maps(), (4, 5), rung=7), ValueError, "rung is 7"),
+        (
+            lambda: upsample_backward(maps(), (4, 6), maps((2, 3, 4, 6)), layout="channels_last"),
+            ValueError,
+            r"expected \(2, 4, 6, 5\)",
+        ),
         (lambda: upsample_backward(maps((4, 5)), (2, 2)), ValueError, r"dout has shape \(4, 5\), expected \(B, C, H, W\)"),
         (lambda: upsample_backward(maps(), (2, 0)), ValueError, r"size is \(2, 0\), expected"),
         (lambda: upsample_backward(maps(), (2.5, 2)), ValueError, "size is"),
@@ -262,19 +397,21 @@ def test_kernel_wrapper_names_the_device_that_differs(cupy):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("layout", "rung"), LAYOUT_RUNG)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_kernel_on_the_gpu_is_that_on_the_host(cupy, dtype):
+def test_kernel_on_the_gpu_is_that_on_the_host(cupy, dtype, layout, rung):
     """Both stay within the bound, the GPU's by fewer roundings (it fuses multiply and add), on a stream of the caller's."""
-    for seed, shape in enumerate([(1, 1, 1, 1, 1, 1), (3, 2, 7, 5, 17, 13), (2, 5, 19, 23, 6, 4), (1, 2, 2, 300, 1, 40009)]):
-        x, skip, _ = draw(shape, seed, dtype, forward=True)
+    shapes = [(1, 1, 1, 1, 1, 1), (3, 2, 7, 5, 17, 13), (2, 8, 12, 16, 24, 32), (2, 5, 19, 23, 6, 4), (1, 2, 2, 300, 1, 40009)]
+    for seed, shape in enumerate([*shapes, (2, 64, 96, 96, 192, 192)]):
+        case = Case(*shape, layout, rung, seed=seed)
+        x, skip, _ = draw(case, dtype, forward=True)
+        on_gpu = [cupy.asarray(laid_out(case, array)) for array in (x, skip)]
         with cupy.cuda.Stream(non_blocking=True) as stream:
-            out = upsample_add(cupy.asarray(x), cupy.asarray(skip))
-            dx = upsample_backward(cupy.asarray(skip), x.shape[2:])
+            out = upsample_add(*on_gpu, layout=layout, rung=rung)
+            dx = upsample_backward(on_gpu[1], x.shape[2:], layout=layout, rung=rung)
             stream.synchronize()
-        assert_forward(x, skip, upsample_add(x, skip))
-        assert_forward(x, skip, cupy.asnumpy(out))
-        assert_backward(skip, upsample_backward(skip, x.shape[2:]))
-        assert_backward(skip, cupy.asnumpy(dx))
+        assert_forward(x, skip, channels_first(case, cupy.asnumpy(out)))
+        assert_backward(skip, channels_first(case, cupy.asnumpy(dx)))
 
 
 def test_kernel_arrays_are_limited_to_what_int_counts():

@@ -101,6 +101,29 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) { return emulation::
 inline int __any_sync(unsigned mask, int predicate) { return emulation::vote("__any_sync", mask, predicate != 0) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return emulation::vote("__all_sync", mask, predicate != 0) == mask; }
 
+// The lanes of `mask` whose value has the same bits as the caller's.
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T value) {
+    static_assert(sizeof value == 4 || sizeof value == 8, "CUDA compares 32 bits or 64");
+    const emulation::Outside outside;
+    emulation::Fiber& self = emulation::fibers[emulation::current];
+    std::memcpy(self.brought, &value, sizeof value);
+    emulation::meet("__match_any_sync", mask, [](emulation::Fiber* const* lanes, unsigned) {
+        for (unsigned lane = 0; lane < emulation::WARP; ++lane) {
+            if (lanes[lane] == nullptr) continue;
+            unsigned same = 0;
+            for (unsigned other = 0; other < emulation::WARP; ++other) {
+                if (lanes[other] == nullptr) continue;
+                if (!std::memcmp(lanes[lane]->brought, lanes[other]->brought, sizeof(T))) same |= 1u << other;
+            }
+            std::memcpy(lanes[lane]->taken, &same, sizeof same);
+        }
+    });
+    unsigned same;
+    std::memcpy(&same, self.taken, sizeof same);
+    return same;
+}
+
 // Atomics
 
 namespace emulation {

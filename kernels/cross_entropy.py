@@ -1,0 +1,163 @@
+"""Cross-entropy of segmentation (Section 5.2) with the logits' upsampling to the labels fused in, and its gradient.
+
+    forward = cross_entropy(logits, labels)                                     # forward.loss
+    dlogits = cross_entropy_backward(logits, labels, forward.log_sum_exp, forward.counted)
+
+The logits at the resolution of the labels never exist in memory. Logits are (B, K, h, w), labels (B, H, W); all are NumPy arrays
+(computed on the host) or CuPy arrays (on their GPU, on CuPy's current stream). Logits are float32, float16, bfloat16
+(`ml_dtypes.bfloat16`) or, on the host, float64; everything is computed in float32, for float64 in float64. Every sum has one
+fixed order, so the results are the same every time.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import NamedTuple
+
+import numpy as np
+
+from kernels.labels import ID_DTYPES, check_array, check_written, on_host, unfilled, whole
+from kernels.launch import Array, check, check_output, empty, launch, launch_each
+from kernels.source import Source
+
+SOURCE = Source(
+    "cross_entropy.cu",
+    (
+        "cross_entropy_naive<{}>",
+        "cross_entropy_tiled<{}>",
+        "cross_entropy_total<{}>",
+        "cross_entropy_backward_naive<{}>",
+        "cross_entropy_backward_walking<{}>",
+    ),
+)
+
+RUNGS = 2
+# As in cross_entropy.cu.
+LANES = 32
+TILE_ROWS, TILE_WARPS = 4, 8
+WALK_ROWS, WALK_WARPS, WALK_CLASSES = 8, 4, 4
+
+
+class CrossEntropy(NamedTuple):
+    """The mean loss, a number; and for the backward pass: log sum exp (B, H, W), and how many pixels count."""
+
+    loss: np.floating  # float32, for float64 logits float64
+    log_sum_exp: Array  # likewise; 0 at the pixels that do not count
+    counted: int
+
+
+def cross_entropy(
+    logits: Array, labels: Array, ignore_index: int = 255, *, rung: int = RUNGS, out: Array | None = None
+) -> CrossEntropy:
+    """Mean of log sum exp z - z[label] over the pixels that count, z being the logits resized to the labels' size.
+
+    logits (B, K, h, w), resized bilinearly, align_corners=True; labels (B, H, W) uint8, int32 or int64, each a class or
+    `ignore_index`, whose pixels do not count; if none does, the loss is 0. `log_sum_exp` is written to `out` if given. rung 1 is
+    the naive kernel, 2 the tiled one.
+
+    Waits for the GPU: the loss and the count are read, and the labels found valid, on the host. TypeError or ValueError names the
+    argument whose type, dtype, shape, layout, size or place is wrong, the array that `out` overlaps, or, after a launch, a label
+    that is no class.
+    """
+    ignore_index = _check(logits, labels, ignore_index, rung)
+    accumulator = _accumulator(logits)
+    if out is None:
+        out = unfilled(labels.shape, accumulator, logits)
+    check_array("out", out, (accumulator,), {"logits": logits})
+    check_written("out", out, labels.shape, {"logits": logits, "labels": labels})
+    (batch, classes, *_), (_, height, width) = logits.shape, labels.shape
+    if rung == 1:
+        blocks = -(-labels.size // 256)
+        template, sizes = "cross_entropy_naive<{}>", _ints(batch, *_sizes(logits, labels))
+    else:
+        blocks = batch * -(-height // TILE_ROWS) * -(-width // LANES)
+        template, sizes = "cross_entropy_tiled<{}>", _ints(*_sizes(logits, labels))
+    losses = unfilled((blocks,), accumulator, logits)
+    counts = unfilled((blocks, 2), "int32", logits)
+    totals = unfilled((3,), "float64", logits)
+    arguments = (logits, labels, out, losses, counts, *_ints(labels.itemsize, ignore_index), *sizes)
+    launch(SOURCE, template, (blocks, 1, 1), (256, 1, 1), arguments)
+    launch(SOURCE, "cross_entropy_total<{}>", (1, 1, 1), (256, 1, 1), (losses, counts, totals, np.int32(blocks)))
+    total, counted, wrong = on_host(totals).tolist()
+    if wrong < labels.size:
+        label = int(labels.reshape(-1)[int(wrong)])
+        expected = f"expected a class from 0 to {classes - 1}, or {ignore_index} to ignore a pixel"
+        raise ValueError(f"labels hold {label}: {expected}")
+    return CrossEntropy(np.dtype(accumulator).type(total / max(counted, 1)), out, int(counted))
+
+
+def cross_entropy_backward(
+    logits: Array,
+    labels: Array,
+    log_sum_exp: Array,
+    counted: int,
+    dloss: float = 1.0,
+    ignore_index: int = 255,
+    *,
+    rung: int = RUNGS,
+    out: Array | None = None,
+) -> Array:
+    """The gradient in the logits, (B, K, h, w), of `dloss` times the loss, from what `cross_entropy` returned for them.
+
+    Returns `out`, by default a new array, of the logits' dtype: where that is float16, a `dloss` as large as a loss scaler's
+    keeps small gradients from vanishing. rung 1 is the naive kernel, 2 the walking one. Errors as in `cross_entropy`, but the
+    labels are taken as it has found them: one that is no class gets what every class gets, its probability.
+    """
+    ignore_index = _check(logits, labels, ignore_index, rung)
+    accumulator = _accumulator(logits)
+    check_array("log_sum_exp", log_sum_exp, (accumulator,), {"logits": logits})
+    if log_sum_exp.shape != labels.shape:
+        raise ValueError(f"log_sum_exp has shape {log_sum_exp.shape}, expected {labels.shape}, that of the labels")
+    counted = whole("counted", counted, 0, labels.size)
+    largest = float(np.finfo(accumulator).max)
+    if not (isinstance(dloss, numbers.Real) and abs(dloss) <= largest):
+        raise ValueError(f"dloss is {dloss!r}, expected a finite number of {accumulator}")
+    if out is None:
+        out = empty(logits.shape, logits)
+    check_output("out", out, logits.shape, {"logits": logits})
+    check_written("out", out, logits.shape, {"labels": labels, "log_sum_exp": log_sum_exp})
+    scale = np.dtype(accumulator).type(dloss / max(counted, 1))
+    arguments = (logits, labels, log_sum_exp, out, scale, *_ints(labels.itemsize, ignore_index))
+    batch, classes, height, width = logits.shape
+    if rung == 1:
+        sizes = _ints(batch, *_sizes(logits, labels))
+        launch_each(SOURCE, "cross_entropy_backward_naive<{}>", out.size, (*arguments, *sizes))
+        return out
+    tile_width = _tile_width(width, labels.shape[2])
+    groups = -(-classes // (WALK_CLASSES * WALK_WARPS))
+    blocks = batch * groups * -(-height // WALK_ROWS) * -(-width // tile_width)
+    sizes = _ints(tile_width, *_sizes(logits, labels))
+    launch(SOURCE, "cross_entropy_backward_walking<{}>", (blocks, 1, 1), (WALK_WARPS * LANES, 1, 1), (*arguments, *sizes))
+    return out
+
+
+def _tile_width(width: int, out_width: int) -> int:
+    """How many neighbouring cells have all their readers within 32 columns, at least 1.
+
+    Those of n cells lie strictly within n + 1 spacings of cells, each (out_width - 1) / (width - 1) columns.
+    """
+    return min(max(LANES * (width - 1) // max(out_width - 1, 1) - 1, 1), LANES)
+
+
+def _check(logits: Array, labels: Array, ignore_index: int, rung: int) -> int:
+    check({"logits": logits})
+    if logits.ndim != 4:
+        raise ValueError(f"logits has shape {logits.shape}, expected (B, K, h, w)")
+    check_array("labels", labels, ID_DTYPES, {"logits": logits})
+    if labels.ndim != 3 or len(labels) != len(logits):
+        raise ValueError(f"labels has shape {labels.shape}, expected ({len(logits)}, H, W), as many as the logits")
+    whole("rung", rung, 1, RUNGS)
+    return whole("ignore_index", ignore_index, 1 - 2**31, 2**31 - 1)
+
+
+def _accumulator(logits: Array) -> str:
+    return "float64" if logits.dtype == np.float64 else "float32"
+
+
+def _sizes(logits: Array, labels: Array) -> tuple[int, ...]:
+    """What all kernels take last: classes, and the height and width of logits and of labels."""
+    return (*logits.shape[1:], *labels.shape[1:])
+
+
+def _ints(*values: int) -> tuple[np.int32, ...]:
+    return tuple(np.int32(value) for value in values)

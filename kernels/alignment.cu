@@ -2,16 +2,16 @@
 //
 //     sum (s d + t - d*)^2        over the valid pixels; d the prediction, d* the target, both inverse depths
 //
-// The normal equations ask for the sums of d^2, d, 1, d d* and d*. Solved as they stand they cancel: of a map whose values are far from
-// 0 compared with their spread, the determinant loses the digits twice over. So the same five numbers are kept centred,
+// The normal equations ask for the sums of d^2, d, 1, d d* and d*. Solved as they stand they cancel: of a map whose values are
+// far from 0 compared with their spread, the determinant loses the digits twice over. So the same five numbers are kept centred,
 //
 //     count,  mean d,  mean d*,  variance = sum (d - mean d)^2,  covariance = sum (d - mean d) (d* - mean d*)
 //
-// with the means as distances from one of the pixels, so that a common offset costs them no digits either. Then
-// s = covariance / variance, t = mean d* - s mean d, always in double, whatever T: a pixel brings a few operations to 9 bytes, or 5.
-// Where the valid predictions are constant, to within 8 eps of the largest, no scale can be read off them: s = 0, t = mean d*. That
-// verdict comes from the extreme values, which are exact, and in the precision of the accumulator, as the reference takes it. What
-// stands at invalid pixels is never used. Nothing is added atomically: the order of each sum depends on the sizes alone.
+// with the means as distances from one of the pixels, so that a common offset costs them no digits either. Then s = covariance /
+// variance, t = mean d* - s mean d, always in double, whatever T: a pixel brings a few operations to 9 bytes, or 5. Where the
+// valid predictions are constant, to within 8 eps of the largest, no scale can be read off them: s = 0, t = mean d*. That verdict
+// comes from the extreme values, which are exact, and in the precision of the accumulator, as the reference takes it. What stands
+// at invalid pixels is never used. Nothing is added atomically: the order of each sum depends on the sizes alone.
 //
 // Least traffic: prediction, target and mask (a byte per pixel) once.
 #include "vectors.cuh"
@@ -60,12 +60,13 @@ __device__ void solve(const Moments& m, Accumulator<T>* scale, Accumulator<T>* s
     *singular = constant;
 }
 
-// Rung 1 (naive): one thread per image goes through its pixels, each a set of one. A division per pixel, and a GPU that has thousands
-// of threads works with as many as there are images.
+// Rung 1 (naive): one thread per image goes through its pixels, each a set of one. A division per pixel, and a GPU that has
+// thousands of threads works with as many as there are images.
 template <typename T>
 __global__ void least_squares_naive(const T* __restrict__ prediction, const T* __restrict__ target,
                                     const unsigned char* __restrict__ mask, Accumulator<T>* __restrict__ scale,
-                                    Accumulator<T>* __restrict__ shift, unsigned char* __restrict__ singular, int images, int pixels) {
+                                    Accumulator<T>* __restrict__ shift, unsigned char* __restrict__ singular, int images,
+                                    int pixels) {
     const int image = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     if (image >= images) return;
     Moments moments = {};
@@ -125,7 +126,8 @@ __device__ inline Moments merge_warp(Moments moments) {
 
 constexpr int THREADS = 256;
 
-// BYTES is 16 where images begin at multiples of it in all three arrays, else 1. V pixels are read together, the mask's V bytes too.
+// BYTES is 16 where images begin at multiples of it in all three arrays, else 1. V pixels are read together, the mask's V bytes
+// too.
 template <typename T, int BYTES>
 __global__ void __launch_bounds__(THREADS) least_squares_parts(const T* __restrict__ prediction, const T* __restrict__ target,
                                                                const unsigned char* __restrict__ mask, Moments* __restrict__ sums,

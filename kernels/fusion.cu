@@ -2,12 +2,12 @@
 //
 //     out = resize(x, size of skip) + skip        x (planes, height, width), skip and out (planes, out_height, out_width)
 //
-// bilinear with align_corners=True, channels first, planes = B * C; bilinear.cuh says what an output reads. Channels last, the maps
-// are (B, height, width, C) in memory, so that a pixel's channels lie side by side.
+// bilinear with align_corners=True, channels first, planes = B * C; bilinear.cuh says what an output reads. Channels last, the
+// maps are (B, height, width, C) in memory, so that a pixel's channels lie side by side.
 //
-// Least traffic: each of x, skip and out once, forward; each of dout and dx once, backward. When the sizes double, that is 9 bytes
-// per 16-bit pair of outputs forward and 5 backward, and the GPU moves them in the time of some 40 instructions per output forward
-// and 20 backward: the naive rung takes several times that.
+// Least traffic: each of x, skip and out once, forward; each of dout and dx once, backward. When the sizes double, that is 9
+// bytes per pair of 16-bit outputs forward and 5 backward; by its data sheet an H100 moves them in the time of some 40
+// instructions per output forward and 20 backward, and the naive kernels, with their divisions, have several times as many.
 //
 // Rung 1 (naive): one thread per element written, four reads per output, every position computed anew by division.
 #include "bilinear.cuh"
@@ -36,9 +36,9 @@ __global__ void upsample_add_naive(const T* __restrict__ x, const T* __restrict_
 }
 
 // Rung 2 (rows): a thread keeps its column, or vector of columns, and walks down `rows` output rows. Interpolation is separable:
-// along a row of x first, then between two such results. The first depends on the row of x alone, which serves several output rows
-// (two, when the size doubles), so both results stay in registers until the walk has passed them; and the positions across are
-// found once for all rows. Skip and out are moved 16 bytes at a time, the next row's skip while this one is computed.
+// along a row of x first, then between two such results. The first depends on the row of x alone, which serves several output
+// rows (two, when the size doubles), so both results stay in registers until the walk has passed them; and the positions across
+// are found once for all rows. Skip and out are moved 16 bytes at a time, the next row's skip while this one is computed.
 
 // The taps of one output of an axis after another: their position moves by a constant fraction, so one division serves all.
 template <typename A>
@@ -154,8 +154,8 @@ __device__ void walk_rows(const Across& across, const T* __restrict__ x, const T
 
 // One thread per vector of columns and strip of rows. BYTES is 16 where rows of skip and out begin at multiples of it, else 1.
 template <typename T, int BYTES>
-__global__ void upsample_add_rows(const T* __restrict__ x, const T* __restrict__ skip, T* __restrict__ out, int planes, int height,
-                                  int width, int out_height, int out_width, int rows) {
+__global__ void upsample_add_rows(const T* __restrict__ x, const T* __restrict__ skip, T* __restrict__ out, int planes,
+                                  int height, int width, int out_height, int out_width, int rows) {
     const unsigned groups = out_width / lanes_of<T, BYTES>, strips = (out_height - 1) / rows + 1;
     const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= static_cast<unsigned>(planes) * strips * groups) return;
@@ -186,8 +186,8 @@ __global__ void upsample_add_channels_last(const T* __restrict__ x, const T* __r
 
 // The gradient of resize in its input, dout (planes, out_height, out_width) to dx (planes, height, width).
 //
-// Rung 1 (naive): each thread gathers what the readers of its element received, in row-major order: nothing is added atomically, so
-// the sum is the same every time. Every element of dout is read by four threads, and every weight is computed anew.
+// Rung 1 (naive): each thread gathers what the readers of its element received, in row-major order: nothing is added atomically,
+// so the sum is the same every time. Every element of dout is read by four threads, and every weight is computed anew.
 template <typename T>
 __global__ void upsample_backward_naive(const T* __restrict__ dout, T* __restrict__ dx, int planes, int height, int width,
                                         int out_height, int out_width) {
@@ -264,7 +264,8 @@ class Neighbours {
     }
 };
 
-// Rows first to last - 1 of `column` of dx. dout and dx point at pixel (0, 0); from a pixel to the next there are `pixel` elements.
+// Rows first to last - 1 of `column` of dx. dout and dx point at pixel (0, 0); from a pixel to the next there are `pixel`
+// elements.
 template <typename T, typename Lanes>
 __device__ void gather_rows(const Lanes& lanes, const T* __restrict__ dout, T* __restrict__ dx, int column, int pixel, int height,
                             int width, int out_height, int out_width, int first, int last) {
@@ -314,7 +315,8 @@ __global__ void upsample_backward_rows(const T* __restrict__ dout, T* __restrict
     const int column = static_cast<int>(index % width);
     const int first = static_cast<int>(index / width % strips) * rows;
     const int plane = static_cast<int>(index / width / strips) * PLANES;
-    const long long dout_plane = static_cast<long long>(out_height) * out_width, dx_plane = static_cast<long long>(height) * width;
+    const long long dout_plane = static_cast<long long>(out_height) * out_width;
+    const long long dx_plane = static_cast<long long>(height) * width;
     gather_rows(Planes<T>(min(PLANES, planes - plane), dout_plane, dx_plane), dout + plane * dout_plane, dx + plane * dx_plane,
                 column, 1, height, width, out_height, out_width, first, min(first + rows, height));
 }

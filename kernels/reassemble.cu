@@ -11,7 +11,8 @@
 #include "vectors.cuh"
 
 // Rung 1 (naive): one thread per element of the map. Neighbouring threads write neighbouring pixels and read tokens D elements
-// apart: of every 128 bytes that the memory delivers for a warp's read, one element is used before they may be gone from the cache.
+// apart: of every 128 bytes that the memory delivers for a warp's read, one element is used before they may be gone from the
+// cache.
 template <typename T>
 __global__ void read_project_naive(const T* __restrict__ tokens, const T* __restrict__ readout, const T* __restrict__ bias,
                                    T* __restrict__ map, int images, int count, int width) {
@@ -25,8 +26,8 @@ __global__ void read_project_naive(const T* __restrict__ tokens, const T* __rest
     map[index] = static_cast<T>(gelu(static_cast<A>(tokens[(image * count + token) * width + channel]) + constant));
 }
 
-// Rung 2 (tiles): a block transposes a square through shared memory, so both sides are accessed along their lines, in lines of 128
-// bytes, moved 16 bytes per thread. A row of the tile has one element too many, which spreads a column over the banks.
+// Rung 2 (tiles): a block transposes a square through shared memory, so both sides are accessed along their lines, in lines of
+// 128 bytes, moved 16 bytes per thread. A row of the tile has one element too many, which spreads a column over the banks.
 constexpr int THREADS = 256;
 
 template <typename T>
@@ -56,10 +57,12 @@ __device__ void constants(const T* readout, const T* bias, Accumulator<T> (&sums
     }
 }
 
-// BYTES is 16 where rows of D elements (tokens, readout, bias) begin at multiples of it, MAP_BYTES where rows of N (map) do; else 1.
+// BYTES is 16 where rows of D elements (tokens, readout, bias) begin at multiples of it, MAP_BYTES where rows of N (map) do; else
+// 1.
 template <typename T, int BYTES, int MAP_BYTES>
 __global__ void __launch_bounds__(THREADS) read_project_tiles(const T* __restrict__ tokens, const T* __restrict__ readout,
-                                                              const T* __restrict__ bias, T* __restrict__ map, int count, int width) {
+                                                              const T* __restrict__ bias, T* __restrict__ map, int count,
+                                                              int width) {
     using A = Accumulator<T>;
     constexpr int SIDE = side_of<T>, V = lanes_of<T, BYTES>, W = lanes_of<T, MAP_BYTES>;
     __shared__ A tile[SIDE][SIDE + 1];
@@ -88,8 +91,8 @@ __global__ void __launch_bounds__(THREADS) read_project_tiles(const T* __restric
 
 // Channels last, the map (B, h, w, D) has the layout of the tokens, and nothing is transposed: one thread per vector of channels.
 template <typename T, int BYTES>
-__global__ void read_project_channels_last(const T* __restrict__ tokens, const T* __restrict__ readout, const T* __restrict__ bias,
-                                           T* __restrict__ map, int images, int count, int width) {
+__global__ void read_project_channels_last(const T* __restrict__ tokens, const T* __restrict__ readout,
+                                           const T* __restrict__ bias, T* __restrict__ map, int images, int count, int width) {
     using A = Accumulator<T>;
     constexpr int V = lanes_of<T, BYTES>;
     const unsigned groups = width / V, index = blockIdx.x * blockDim.x + threadIdx.x;
@@ -106,16 +109,16 @@ __global__ void read_project_channels_last(const T* __restrict__ tokens, const T
 
 // The gradients, given that of the map, dmap (B, D, h, w). What GELU was applied to is computed anew, as cheaply as it was saved:
 //
-//     dtokens = dmap^T GELU'(tokens + readout + bias) (B, N, D),  dreadout = its sum over the tokens (B, D),  dbias = over the images
+//     dtokens = dmap^T GELU'(tokens + readout + bias) (B, N, D),  dreadout = sum of dtokens over n (B, D),  dbias = over b (D,)
 //
-// Sums take what was added up before it is rounded to T, in an order that depends on the sizes alone. `sums` (B, parts, D) has the
-// sum of each part of an image's tokens; the last kernels add those up.
+// Sums take what was added up before it is rounded to T, in an order that depends on the sizes alone. `sums` (B, parts, D) has
+// the sum of each part of an image's tokens; the last kernels add those up.
 //
 // Rung 1 (naive): one thread per channel of an image goes through its tokens, one part.
 template <typename T>
-__global__ void read_project_backward_naive(const T* __restrict__ dmap, const T* __restrict__ tokens, const T* __restrict__ readout,
-                                            const T* __restrict__ bias, T* __restrict__ dtokens,
-                                            Accumulator<T>* __restrict__ sums, int images, int count, int width) {
+__global__ void read_project_backward_naive(const T* __restrict__ dmap, const T* __restrict__ tokens,
+                                            const T* __restrict__ readout, const T* __restrict__ bias,
+                                            T* __restrict__ dtokens, Accumulator<T>* __restrict__ sums, int images, int count, int width) {
     using A = Accumulator<T>;
     const int index = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     if (index >= images * width) return;
@@ -133,8 +136,8 @@ __global__ void read_project_backward_naive(const T* __restrict__ dmap, const T*
     sums[index] = sum;
 }
 
-// Rung 2 (tiles): as forward, with the square of dmap transposed on its way in. Each thread sums the tokens it has itself; then, per
-// channel, one thread adds up those sums in their order.
+// Rung 2 (tiles): as forward, with the square of dmap transposed on its way in. Each thread sums the tokens it has itself; then,
+// per channel, one thread adds up those sums in their order.
 template <typename T, int BYTES, typename Gradient>
 __device__ void backward_of_square(const Square<T>& square, const Gradient& gradient, const T* tokens, const T* readout,
                                    const T* bias, T* dtokens, Accumulator<T>* sums, int count, int width) {
@@ -205,7 +208,8 @@ __global__ void __launch_bounds__(THREADS, 3) read_project_backward_channels_las
 
 // dreadout from the sums of the parts: one thread per channel of an image, which leaves its total in place of the first part.
 template <typename T>
-__global__ void read_project_sum_parts(T* __restrict__ dreadout, Accumulator<T>* __restrict__ sums, int images, int parts, int width) {
+__global__ void read_project_sum_parts(T* __restrict__ dreadout, Accumulator<T>* __restrict__ sums, int images, int parts,
+                                       int width) {
     const int index = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     if (index >= images * width) return;
     Accumulator<T>* first = sums + static_cast<long long>(index / width) * parts * width + index % width;

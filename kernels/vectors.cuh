@@ -1,5 +1,5 @@
-// Elements that lie side by side, moved together: a GPU moves up to 16 bytes per thread by one instruction, where their address is
-// a multiple of that. Vector<T, 16> is such a piece; Vector<T, 1>, for where nothing is known of the address, is one element.
+// Elements that lie side by side, moved together: a GPU moves up to 16 bytes per thread by one instruction, where their address
+// is a multiple of that. Vector<T, 16> is such a piece; Vector<T, 1>, for where nothing is known of the address, is one element.
 #pragma once
 
 #include "element.cuh"

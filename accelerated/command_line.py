@@ -35,6 +35,13 @@ def check_model(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("nothing says which model: expected --weights FILE, or --model NAME for one that is published")
 
 
+def sentence(error: Exception) -> str:
+    """The error's own sentence, or one made of what the operating system says."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else f"{error.strerror}"
+    return str(error)
+
+
 def matched(pattern: str, text: str, expected: str) -> re.Match[str]:
     """Return the match of the whole text. Raises argparse.ArgumentTypeError naming the text and what was expected."""
     match = re.fullmatch(pattern, text)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import accelerated
-from accelerated.command_line import Parser
+from accelerated.command_line import Parser, sentence
 
 if TYPE_CHECKING:
     from accelerated import DPT
@@ -87,13 +87,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _sentence(error: Exception, target: Path) -> str:
-    """The error's own sentence, or one made of what the operating system says."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename or target}: {error.strerror}"
-    return str(error)
-
-
 def _size(path: Path) -> str:
     size = path.stat().st_size
     return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
@@ -104,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     try:
         model, paths = convert(arguments.source, arguments.target, arguments.model, arguments.force)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {_sentence(error, arguments.target)}", file=sys.stderr)
+    except (OSError, ValueError, ImportError, MemoryError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"error: interrupted: {arguments.target} was not written", file=sys.stderr)

@@ -70,7 +70,7 @@ class Products:
         return kinds + [f"{suffix}.png" for suffix in self._attention_suffixes()]
 
     def video_suffixes(self) -> list[str]:
-        """The same of a video's files, in the order of `frames`; last "", a folder for the kinds that are one file per frame."""
+        """The same of a video's files, in the same order; last "", a folder for the kinds that are one file per frame."""
         painted = [f"-{kind}.mp4" for kind in self.video_kinds if kind in PAINTED]
         attention = [f"{suffix}.mp4" for suffix in self._attention_suffixes()]
         return painted + attention + ([""] if self.frame_kinds() else [])

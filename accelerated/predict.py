@@ -30,6 +30,7 @@ import numpy as np
 
 import accelerated
 from accelerated import images
+from accelerated.command_line import sentence
 from accelerated.inputs import expand
 from accelerated.outputs import Products, output_names
 from accelerated.placement import CompilerError
@@ -104,14 +105,17 @@ def _silent_decoders() -> Iterator[None]:
 
 
 def _failure(source: Path, error: Exception) -> str:
-    """Say in one sentence why an input could not be predicted; raise `error` again where it is no fault of the input."""
+    """Say in one sentence why an input could not be predicted; raise a CompilerError again, which is no fault of the input."""
+    if isinstance(error, CompilerError):
+        raise error
     if isinstance(error, images.ImageError):
         return str(error)
     if isinstance(error, ValueError | MemoryError | ImportError):
         return f"{source}: {error}"
     if isinstance(error, OSError):
         return f"{source}: its results cannot be written ({error.strerror or error})"
-    raise error
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return f"{source}: cannot be predicted, for a reason that nobody foresaw ({type(error).__name__}: {reason})"
 
 
 class _Run:
@@ -203,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         products = _products(options)
     except (OSError, ValueError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     # disable=None: no progress bar unless stderr is a terminal
     with tqdm(total=len(inputs), unit="image", disable=None if len(inputs) > 1 else True) as bar:

@@ -17,6 +17,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
@@ -221,15 +222,15 @@ def _opened(model: object, name: str | None) -> Any:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1  # type: ignore[operator]
 
 
 def _checked_size(size: object) -> int | list[int]:
     """As a configuration holds it."""
     if _is_count(size):
-        return size  # type: ignore[return-value]
+        return int(size)  # type: ignore[call-overload]
     if isinstance(size, tuple | list) and len(size) == 2 and all(map(_is_count, size)):
-        return list(size)
+        return list(map(int, size))
     raise ValueError(f"size is {size!r}: expected a number of pixels of at least 1, or two, (height, width)")
 
 
@@ -251,7 +252,8 @@ def _check_index(name: str, value: object, count: int) -> None:
 def _patch_under(point: tuple[int, int], size: Sequence[int], grid: tuple[int, int]) -> tuple[int, int]:
     """The row and column in the grid of the patch under the middle of the pixel (x, y), in a picture of `size`."""
     height, width = size[0], size[1]
-    x, y = point
+    whole = isinstance(point, tuple | list) and len(point) == 2 and all(isinstance(n, Integral) for n in point)
+    x, y = point if whole else (-1, -1)
     if not (0 <= x < width and 0 <= y < height):
         raise ValueError(f"point is {point}: expected (x, y), x from 0 to {width - 1} and y from 0 to {height - 1}")
     return (2 * y + 1) * grid[0] // (2 * height), (2 * x + 1) * grid[1] // (2 * width)

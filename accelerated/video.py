@@ -101,7 +101,7 @@ class Video:
             pixels = f"{width} x {height} are {width * height:,} pixels"
             raise ImageError(f"{self._path}: {pixels}, more than the limit of {images.MAX_PIXELS:,}")
         codec.options = _pixel_limit()  # for a size that changes on the way
-        codec.thread_type = "AUTO"
+        codec.thread_type = "SLICE"  # not by frames: those on their way would be lost with a damaged one
         return streams[0]
 
     def _pictures(self) -> Iterator[np.ndarray]:
@@ -259,6 +259,8 @@ def _pixel_limit() -> dict[str, str]:
 def _open_container(path: str | os.PathLike[str]) -> InputContainer:
     av = _pyav()
     images.check_regular_file(path, "a video file")
+    # Titles in no known encoding are no obstacle. Of PyAV 19 they are read when asked for, which nobody does.
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
         with open(path, "rb"):  # whatever fails from here on is the content's fault
             pass
@@ -266,7 +268,7 @@ def _open_container(path: str | os.PathLike[str]) -> InputContainer:
             f"file:{os.fsdecode(path)}",
             options=_pixel_limit(),
             container_options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
-            metadata_errors="replace",
+            **lenient,
         )
     except av.FFmpegError as error:
         raise ImageError(f"{path}: not a video of a known format, or damaged ({error.strerror})") from None

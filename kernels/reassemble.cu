@@ -118,7 +118,8 @@ __global__ void read_project_channels_last(const T* __restrict__ tokens, const T
 template <typename T>
 __global__ void read_project_backward_naive(const T* __restrict__ dmap, const T* __restrict__ tokens,
                                             const T* __restrict__ readout, const T* __restrict__ bias,
-                                            T* __restrict__ dtokens, Accumulator<T>* __restrict__ sums, int images, int count, int width) {
+                                            T* __restrict__ dtokens, Accumulator<T>* __restrict__ sums, int images, int count,
+                                            int width) {
     using A = Accumulator<T>;
     const int index = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     if (index >= images * width) return;

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import kernels
-from kernels import alignment, attention, confusion, cross_entropy, fusion, host, reassemble, source
+from kernels import alignment, attention, confusion, cross_entropy, fusion, host, losses, reassemble, source
 from kernels import compile as kernel_compiler
 from kernels.fusion import SOURCE
 
@@ -25,7 +25,9 @@ def nvrtc():
 
 
 @pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("module", [alignment, attention, confusion, cross_entropy, fusion, reassemble], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [alignment, attention, confusion, cross_entropy, fusion, losses, reassemble], ids=lambda m: m.__name__
+)
 def test_kernel_compiles_to_machine_code(nvrtc, module, architecture):
     of = module.SOURCE
     compiled = kernel_compiler.compile_source(of, architecture)

@@ -662,3 +662,21 @@ def test_the_command_as_people_type_it(files: Path, tmp_path: Path) -> None:
     assert count == "error: 1 of 2 pictures could not be predicted"
     assert len(list(tmp_path.iterdir())) == 3
     assert done.stdout.startswith("good.png -> ")
+
+
+def test_what_nobody_foresaw_costs_one_input(
+    files: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture
+) -> None:
+    read = images.read_image
+
+    def strange(path: Path) -> np.ndarray:
+        if path.name == "good.png":
+            raise KeyError("a bug")
+        return read(path)
+
+    monkeypatch.setattr(images, "read_image", strange)
+    both = files / "good.png", files / "also good.jpg"
+    assert run(*both, "--weights", files / "depth.safetensors", "--output", tmp_path) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"error: {both[0]}: cannot be predicted, for a reason that nobody foresaw (KeyError: 'a bug')"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["also good-color.png", "also good.pfm", "also good.png"]

@@ -98,7 +98,7 @@ def _fuse_qkv(tensors: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
         prefix = f"backbone.blocks.{block}.attn"
         for leaf in ("weight", "bias"):
             parts = [f"{prefix}.{name}.{leaf}" for name in ("query", "key", "value")]
-            if all(part in fused for part in parts):
+            if all(part in fused and fused[part].ndim > 0 for part in parts) and len({fused[p].shape[1:] for p in parts}) == 1:
                 fused[f"{prefix}.qkv.{leaf}"] = torch.cat([fused.pop(part) for part in parts])
         weight = fused.get(f"{prefix}.qkv.weight")
         if weight is not None:
@@ -127,7 +127,7 @@ def _settle_biases(tensors: dict[str, Tensor], config: Config) -> dict[str, Tens
 
 def _num_classes(state: dict[str, Tensor], folder: Path) -> int:
     classifier = state.get("head.head.4.weight")
-    if classifier is None:
+    if classifier is None or classifier.ndim == 0:
         raise ValueError(f"{folder} is said to hold a segmentation model, but its classifier, head.head.4.weight, is missing")
     return classifier.shape[0]
 

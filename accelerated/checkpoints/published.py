@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -146,7 +147,13 @@ def published_file(name: str) -> Path:
     try:
         os.makedirs(folder, exist_ok=True)
         torch.hub.download_url_to_file(url, str(target), PUBLISHED[known].sha256)
-    except (URLError, TimeoutError, ConnectionError, RuntimeError) as error:  # RuntimeError: another hash than its own
+    except (
+        URLError,
+        TimeoutError,
+        ConnectionError,
+        HTTPException,
+        RuntimeError,
+    ) as error:  # RuntimeError: another hash than its own
         reason = getattr(error, "reason", None) or error
         raise ConnectionError(
             f"{url} cannot be fetched ({reason}): fetch it by other means into {folder}, or give its path"

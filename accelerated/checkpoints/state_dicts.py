@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,14 +35,19 @@ def is_safetensors(path: Path) -> bool:
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about how the file was written, which is no one's concern where it is refused
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # which one, for a foreign file, depends on what its bytes happen to be taken for
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{path} is no PyTorch state dict, is truncated, or holds more than tensors, which is never loaded: {reason}"
-            ) from error
+            # What torch says of it ends in the advice to load the file without care.
+            more = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+            what = (
+                f"holds {more[1]}, more than tensors, which is never loaded"
+                if more
+                else ("is no PyTorch state dict, is truncated, or holds more than tensors, which is never loaded")
+            )
+            raise ValueError(f"{path} {what}") from error
     if isinstance(content, dict):
         content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), content)
     named = isinstance(content, dict) and all(isinstance(key, str) for key in content)

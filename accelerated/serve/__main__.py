@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerated.command_line import Parser, add_model_options, check_model, matched
+from accelerated.command_line import Parser, add_model_options, check_model, matched, sentence
 
 if TYPE_CHECKING:
     from accelerated.predictor import Predictor
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 0
     except (OSError, ValueError, ImportError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
 

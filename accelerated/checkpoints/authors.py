@@ -115,7 +115,7 @@ def _settled(config: Config, path: Path, name: str | None) -> Config:
     if told is None:
         raise ValueError(
             f"{path} is one of {', '.join(among)}, and neither its tensors nor its SHA-256 nor its name say which: "
-            "give that name as model="
+            "give that name as model= (on the command line, --model)"
         )
     return config | published.PUBLISHED[told].settings
 

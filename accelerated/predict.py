@@ -42,17 +42,6 @@ from accelerated.video import is_video
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from accelerated import DPT
-
-
-def predict(model: DPT, image: np.ndarray) -> np.ndarray:
-    """Predict one picture (H, W, 3) on the device and in the precision of the model's parameters: `Predictor` in one call.
-
-    The model computes in evaluation mode and is left as it was. Returns and raises as a call of `Predictor`.
-    """
-    weight = next(model.parameters())
-    return Predictor(model, device=weight.device, dtype=weight.dtype)(image)
-
 
 def _products(options: argparse.Namespace) -> Products:
     """Load the model, and create the folder. Raises OSError, ValueError or MemoryError, in one sentence."""

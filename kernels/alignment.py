@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kernels.labels import check_array, check_written
-from kernels.ladder import VECTOR, accumulator, check_rung, ints, new, vector_bytes
-from kernels.launch import Array, address, check, launch, launch_each
+from kernels.ladder import VECTOR, accumulator, check_rung, ints, vector_bytes
+from kernels.launch import Array, address, check, check_array, check_written, launch, launch_each, new
 from kernels.source import Source
 
 SOURCE = Source(

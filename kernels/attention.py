@@ -9,12 +9,25 @@ rounded to the dtype of q. No rung has an array of N x M elements, and every res
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 
 import numpy as np
 
-from kernels.launch import Array, address, check, check_output, empty, launch, launch_each, on_device, place
+from kernels.ladder import accumulator
+from kernels.launch import (
+    Array,
+    address,
+    check,
+    check_apart,
+    check_output,
+    check_written,
+    empty,
+    launch,
+    launch_each,
+    new,
+    on_device,
+    place,
+)
 from kernels.source import Source
 
 DEPTHS = (64, 128)  # those that the kernels are compiled for: a smaller depth runs in the next larger one
@@ -40,10 +53,10 @@ def attend(
     _check_inputs(inputs)
     chosen = _rung(rung, q)
     out = empty(q.shape, q) if out is None else out
-    lse = _empty_sums(q.shape[:-1], q) if lse is None else lse
+    lse = new(q.shape[:-1], accumulator(q), q) if lse is None else lse
     check_output("out", out, q.shape, inputs)
     _check_sums("lse", lse, q)
-    _check_apart("lse", lse, {**inputs, "out": out})
+    check_apart("lse", lse, {**inputs, "out": out})
     arguments = (q, k, v, out, lse)
     if chosen == 1:
         rows = np.int32(lse.size)
@@ -82,11 +95,11 @@ def attend_backward(
     others = dict(inputs)
     for name, gradient, like in zip(("dq", "dk", "dv"), gradients, (q, k, k), strict=True):
         check_output(name, gradient, like.shape, others)
-        _check_apart(name, gradient, {"lse": lse})
+        check_apart(name, gradient, {"lse": lse})
         others[name] = gradient
 
     dq, dk, dv = gradients
-    delta = _empty_sums(q.shape[:-1], q)
+    delta = new(q.shape[:-1], accumulator(q), q)
     rows, depth, wide = np.int32(lse.size), np.int32(q.shape[-1]), np.int32(_wide(out, dout))
     launch_each(SOURCE, "attend_delta<{}>", 8 * lse.size, (out, dout, delta, rows, depth, wide), THREADS)
     arguments = (q, k, v, dout, lse, delta)
@@ -128,36 +141,17 @@ def _rung(rung: int | None, q: Array) -> int:
     return rung
 
 
-def _sums_dtype(q: Array) -> np.dtype:
-    return np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
-
-
-def _empty_sums(shape: tuple[int, ...], q: Array) -> Array:
-    """A new array of the dtype of sums, in the place of q."""
-    if not on_device(q):
-        return np.empty(shape, _sums_dtype(q))
-    with q.device:
-        return sys.modules["cupy"].empty(shape, _sums_dtype(q))
-
-
 def _check_sums(name: str, sums: Array, q: Array, written: bool = True) -> None:
     """Check one number for each row of q, of the dtype of sums."""
     check({name: sums})
-    if sums.dtype != _sums_dtype(q):
-        raise TypeError(f"{name} has dtype {sums.dtype.name}, expected {_sums_dtype(q).name} for q of {q.dtype.name}")
+    if sums.dtype != accumulator(q):
+        raise TypeError(f"{name} has dtype {sums.dtype.name}, expected {accumulator(q).name} for q of {q.dtype.name}")
     if place(sums) != place(q):
         raise ValueError(f"{name} is on {place(sums)} and q on {place(q)}, expected one place")
     if written:
-        check_output(name, sums, q.shape[:-1], {})
+        check_written(name, sums, q.shape[:-1], {})
     elif sums.shape != q.shape[:-1]:
         raise ValueError(f"{name} has shape {sums.shape}, expected {q.shape[:-1]}")
-
-
-def _check_apart(name: str, array: Array, others: Mapping[str, Array]) -> None:
-    """ValueError where an array to write to shares memory with another, of whatever dtype."""
-    for other, held in others.items():
-        if address(array) < address(held) + held.nbytes and address(held) < address(array) + array.nbytes:
-            raise ValueError(f"{name} overlaps {other} in memory, expected arrays apart")
 
 
 def _wide(*arrays: Array) -> bool:
@@ -168,7 +162,7 @@ def _wide(*arrays: Array) -> bool:
 def _sizes(q: Array, k: Array) -> tuple[np.generic, ...]:
     """What the kernels take after their arrays: queries, keys, depth and scale."""
     depth = q.shape[3]
-    return np.int32(q.shape[2]), np.int32(k.shape[2]), np.int32(depth), _sums_dtype(q).type(1 / math.sqrt(depth))
+    return np.int32(q.shape[2]), np.int32(k.shape[2]), np.int32(depth), accumulator(q).type(1 / math.sqrt(depth))
 
 
 def _launch_blocks(
@@ -177,9 +171,9 @@ def _launch_blocks(
     """Launch rung 2 or 3 over the rows of `shape`, (B, heads, rows, d), with the shared memory that attention.cu lays out."""
     depth = next(depth for depth in DEPTHS if shape[3] <= depth)
     if rung == 2:
-        rows, tile, row_bytes = 4096 // depth, 32 if name == "attend" else 2048 // depth, (depth + 4) * _sums_dtype(q).itemsize
+        rows, tile, row_bytes = 4096 // depth, 32 if name == "attend" else 2048 // depth, (depth + 4) * accumulator(q).itemsize
         kept = rows if name == "attend" else 2 * rows
-        shared = (kept + 2 * tile) * row_bytes + rows * (tile + 4) * _sums_dtype(q).itemsize
+        shared = (kept + 2 * tile) * row_bytes + rows * (tile + 4) * accumulator(q).itemsize
         template = f"{name}_tiled<{{}}, {depth}>"
     else:
         rows, tile, row_bytes = 64, (4096 if name == "attend" else 2048) // depth, (depth + 8) * 2

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.labels import ID_DTYPES, check_array, check_written, filled, on_host, whole
-from kernels.launch import Array, launch
+from kernels.ladder import ID_DTYPES, on_host, whole
+from kernels.launch import Array, check_array, check_written, launch, new
 from kernels.source import Source
 
 SOURCE = Source("confusion.cu", ("confusion_naive", "confusion_matching", "confusion_shared"))
@@ -72,8 +72,8 @@ def _choose_rung(rung: int | None, num_classes: int) -> int:
 
 def _count(prediction: Array, label: Array, num_classes: int, ignore_index: int, rung: int) -> Array:
     pixels = label.size
-    counts = filled((num_classes, num_classes), 0, "int64", label)
-    wrong = filled((2,), pixels, "int32", label)
+    counts = new((num_classes, num_classes), "int64", label, 0)
+    wrong = new((2,), "int32", label, pixels)
     numbers = (label.itemsize, prediction.itemsize, pixels, num_classes, ignore_index)
     # A launch finds its kernel by the element type of its first array, and these kernels have none: counts go as if float32.
     arguments = (counts.view(np.float32), label, prediction, wrong, *map(np.int32, numbers))

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kernels.labels import ID_DTYPES, check_array, check_written, on_host, unfilled, whole
-from kernels.launch import Array, check, check_output, empty, launch, launch_each
+from kernels.ladder import ID_DTYPES, accumulator, ints, on_host, whole
+from kernels.launch import Array, check, check_array, check_output, check_written, empty, launch, launch_each, new
 from kernels.source import Source
 
 SOURCE = Source(
@@ -60,22 +60,22 @@ def cross_entropy(
     that is no class.
     """
     ignore_index = _check(logits, labels, ignore_index, rung)
-    accumulator = _accumulator(logits)
+    sums = accumulator(logits)
     if out is None:
-        out = unfilled(labels.shape, accumulator, logits)
-    check_array("out", out, (accumulator,), {"logits": logits})
+        out = new(labels.shape, sums, logits)
+    check_array("out", out, (sums.name,), {"logits": logits})
     check_written("out", out, labels.shape, {"logits": logits, "labels": labels})
     (batch, classes, *_), (_, height, width) = logits.shape, labels.shape
     if rung == 1:
         blocks = -(-labels.size // 256)
-        template, sizes = "cross_entropy_naive<{}>", _ints(batch, *_sizes(logits, labels))
+        template, sizes = "cross_entropy_naive<{}>", ints(batch, *_sizes(logits, labels))
     else:
         blocks = batch * -(-height // TILE_ROWS) * -(-width // LANES)
-        template, sizes = "cross_entropy_tiled<{}>", _ints(*_sizes(logits, labels))
-    losses = unfilled((blocks,), accumulator, logits)
-    counts = unfilled((blocks, 2), "int32", logits)
-    totals = unfilled((3,), "float64", logits)
-    arguments = (logits, labels, out, losses, counts, *_ints(labels.itemsize, ignore_index), *sizes)
+        template, sizes = "cross_entropy_tiled<{}>", ints(*_sizes(logits, labels))
+    losses = new((blocks,), sums, logits)
+    counts = new((blocks, 2), "int32", logits)
+    totals = new((3,), "float64", logits)
+    arguments = (logits, labels, out, losses, counts, *ints(labels.itemsize, ignore_index), *sizes)
     launch(SOURCE, template, (blocks, 1, 1), (256, 1, 1), arguments)
     launch(SOURCE, "cross_entropy_total<{}>", (1, 1, 1), (256, 1, 1), (losses, counts, totals, np.int32(blocks)))
     total, counted, wrong = on_host(totals).tolist()
@@ -83,7 +83,7 @@ def cross_entropy(
         label = int(labels.reshape(-1)[int(wrong)])
         expected = f"expected a class from 0 to {classes - 1}, or {ignore_index} to ignore a pixel"
         raise ValueError(f"labels hold {label}: {expected}")
-    return CrossEntropy(np.dtype(accumulator).type(total / max(counted, 1)), out, int(counted))
+    return CrossEntropy(sums.type(total / max(counted, 1)), out, int(counted))
 
 
 def cross_entropy_backward(
@@ -104,29 +104,29 @@ def cross_entropy_backward(
     labels are taken as it has found them: one that is no class gets what every class gets, its probability.
     """
     ignore_index = _check(logits, labels, ignore_index, rung)
-    accumulator = _accumulator(logits)
-    check_array("log_sum_exp", log_sum_exp, (accumulator,), {"logits": logits})
+    sums = accumulator(logits)
+    check_array("log_sum_exp", log_sum_exp, (sums.name,), {"logits": logits})
     if log_sum_exp.shape != labels.shape:
         raise ValueError(f"log_sum_exp has shape {log_sum_exp.shape}, expected {labels.shape}, that of the labels")
     counted = whole("counted", counted, 0, labels.size)
-    largest = float(np.finfo(accumulator).max)
+    largest = float(np.finfo(sums).max)
     if not (isinstance(dloss, numbers.Real) and abs(dloss) <= largest):
-        raise ValueError(f"dloss is {dloss!r}, expected a finite number of {accumulator}")
+        raise ValueError(f"dloss is {dloss!r}, expected a finite number of {sums.name}")
     if out is None:
         out = empty(logits.shape, logits)
     check_output("out", out, logits.shape, {"logits": logits})
     check_written("out", out, logits.shape, {"labels": labels, "log_sum_exp": log_sum_exp})
-    scale = np.dtype(accumulator).type(dloss / max(counted, 1))
-    arguments = (logits, labels, log_sum_exp, out, scale, *_ints(labels.itemsize, ignore_index))
+    scale = sums.type(dloss / max(counted, 1))
+    arguments = (logits, labels, log_sum_exp, out, scale, *ints(labels.itemsize, ignore_index))
     batch, classes, height, width = logits.shape
     if rung == 1:
-        sizes = _ints(batch, *_sizes(logits, labels))
+        sizes = ints(batch, *_sizes(logits, labels))
         launch_each(SOURCE, "cross_entropy_backward_naive<{}>", out.size, (*arguments, *sizes))
         return out
     tile_width = _tile_width(width, labels.shape[2])
     groups = -(-classes // (WALK_CLASSES * WALK_WARPS))
     blocks = batch * groups * -(-height // WALK_ROWS) * -(-width // tile_width)
-    sizes = _ints(tile_width, *_sizes(logits, labels))
+    sizes = ints(tile_width, *_sizes(logits, labels))
     launch(SOURCE, "cross_entropy_backward_walking<{}>", (blocks, 1, 1), (WALK_WARPS * LANES, 1, 1), (*arguments, *sizes))
     return out
 
@@ -150,14 +150,6 @@ def _check(logits: Array, labels: Array, ignore_index: int, rung: int) -> int:
     return whole("ignore_index", ignore_index, 1 - 2**31, 2**31 - 1)
 
 
-def _accumulator(logits: Array) -> str:
-    return "float64" if logits.dtype == np.float64 else "float32"
-
-
 def _sizes(logits: Array, labels: Array) -> tuple[int, ...]:
     """What all kernels take last: classes, and the height and width of logits and of labels."""
     return (*logits.shape[1:], *labels.shape[1:])
-
-
-def _ints(*values: int) -> tuple[np.int32, ...]:
-    return tuple(np.int32(value) for value in values)

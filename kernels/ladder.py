@@ -1,21 +1,32 @@
-"""What the functions that climb a ladder share: its rungs, accesses of 16 bytes, and arrays of other dtypes."""
+"""What the functions that climb a ladder share: its rungs, accesses of 16 bytes, layouts, whole numbers, class ids."""
 
 from __future__ import annotations
 
-import sys
+import operator
 
 import numpy as np
 
 from kernels.launch import Array, address, on_device
 
 VECTOR = 16  # bytes: the most that a thread of a GPU moves by one instruction
+ID_DTYPES = ("uint8", "int32", "int64")  # of maps of class ids, one of which, `ignore_index`, marks pixels that do not count
 LAYOUTS = ("channels_first", "channels_last")  # of a map in memory: (B, C, H, W) or (B, H, W, C)
+
+
+def whole(name: str, value: int, least: int, most: int) -> int:
+    """This argument as an int. ValueError unless it is a whole number from `least` to `most`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or not least <= number <= most:
+        raise ValueError(f"{name} is {value!r}, expected a whole number from {least} to {most}")
+    return number
 
 
 def check_rung(rung: int, rungs: int) -> None:
     """ValueError where `rung` is not a whole number from 1 (naive) to `rungs`."""
-    if type(rung) is not int or not 1 <= rung <= rungs:
-        raise ValueError(f"rung is {rung!r}, expected a whole number from 1 to {rungs}")
+    whole("rung", rung, 1, rungs)
 
 
 def check_layout(layout: str, rung: int, rungs: int) -> None:
@@ -46,14 +57,11 @@ def accumulator(like: Array) -> np.dtype:
     return np.dtype(np.float64 if like.dtype == np.float64 else np.float32)
 
 
-def new(shape: tuple[int, ...], dtype: np.dtype | type, like: Array) -> Array:
-    """A new array for a kernel to fill, in the place of `like`."""
-    if not on_device(like):
-        return np.empty(shape, dtype)
-    with like.device:
-        return sys.modules["cupy"].empty(shape, dtype)
-
-
 def ints(*sizes: int) -> tuple[np.int32, ...]:
     """Sizes as a kernel takes them."""
     return tuple(np.int32(size) for size in sizes)
+
+
+def on_host(array: Array) -> np.ndarray:
+    """The array's values on the host, when what was queued before is done."""
+    return array.get() if on_device(array) else array

@@ -36,23 +36,29 @@ def check(arrays: Mapping[str, Array]) -> None:
     """
     first_name, first = next(iter(arrays.items()))
     for name, array in arrays.items():
-        if not (isinstance(array, np.ndarray) or on_device(array)):
-            raise TypeError(f"{name} is a {type(array).__module__}.{type(array).__name__}, expected a NumPy or a CuPy array")
-        elements = DEVICE_ELEMENTS if on_device(array) else HOST_ELEMENTS
-        if array.dtype.name not in elements or not array.dtype.isnative:
-            raise TypeError(f"{name} has dtype {array.dtype.str} ({array.dtype.name}), expected one of {', '.join(elements)}")
-        if place(array) != place(first):
-            raise ValueError(f"{name} is on {place(array)} and {first_name} on {place(first)}, expected one place")
+        check_array(name, array, tuple(DEVICE_ELEMENTS if on_device(array) else HOST_ELEMENTS), {first_name: first})
         if array.dtype != first.dtype:
             raise TypeError(f"{name} has dtype {array.dtype.name} and {first_name} {first.dtype.name}, expected the same")
-        if array.size == 0:
-            raise ValueError(f"{name} has shape {array.shape}, which is empty")
-        if array.size >= LIMIT:
-            raise ValueError(f"{name} has shape {array.shape}, {array.size} elements, expected fewer than 2^31")
-        if not array.flags.c_contiguous:
-            raise ValueError(f"{name} has strides {array.strides} for shape {array.shape}, expected a C-contiguous array")
-        if address(array) % array.dtype.itemsize:
-            raise ValueError(f"{name} begins at an address that is no multiple of its {array.dtype.itemsize}-byte elements")
+
+
+def check_array(name: str, array: Array, dtypes: tuple[str, ...], like: Mapping[str, Array]) -> None:
+    """Check that one array can be given to a kernel: as `check`, but of one of `dtypes`, where those of `like` are."""
+    if not (isinstance(array, np.ndarray) or on_device(array)):
+        raise TypeError(f"{name} is a {type(array).__module__}.{type(array).__name__}, expected a NumPy or a CuPy array")
+    if array.dtype.name not in dtypes or not array.dtype.isnative:
+        expected = " or ".join(dtypes) if len(dtypes) < 3 else f"one of {', '.join(dtypes)}"
+        raise TypeError(f"{name} has dtype {array.dtype.str} ({array.dtype.name}), expected {expected}")
+    for other, neighbour in like.items():
+        if place(array) != place(neighbour):
+            raise ValueError(f"{name} is on {place(array)} and {other} on {place(neighbour)}, expected one place")
+    if array.size == 0:
+        raise ValueError(f"{name} has shape {array.shape}, which is empty")
+    if array.size >= LIMIT:
+        raise ValueError(f"{name} has shape {array.shape}, {array.size} elements, expected fewer than 2^31")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} has strides {array.strides} for shape {array.shape}, expected a C-contiguous array")
+    if address(array) % array.dtype.itemsize:
+        raise ValueError(f"{name} begins at an address that is no multiple of its {array.dtype.itemsize}-byte elements")
 
 
 def check_output(name: str, out: Array, shape: tuple[int, ...], inputs: Mapping[str, Array]) -> None:
@@ -61,11 +67,21 @@ def check_output(name: str, out: Array, shape: tuple[int, ...], inputs: Mapping[
     TypeError or ValueError names what is wrong.
     """
     check({**inputs, name: out})
+    check_written(name, out, shape, inputs)
+
+
+def check_written(name: str, out: Array, shape: tuple[int, ...], inputs: Mapping[str, Array]) -> None:
+    """The same of an array that `check` or `check_array` has passed, whatever the dtypes."""
     if out.shape != shape:
         raise ValueError(f"{name} has shape {out.shape}, expected {shape}")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError(f"{name} is read-only, expected an array to write to")
-    for other, array in inputs.items():
+    check_apart(name, out, inputs)
+
+
+def check_apart(name: str, out: Array, others: Mapping[str, Array]) -> None:
+    """ValueError where an array to write to shares memory with another."""
+    for other, array in others.items():
         if address(out) < address(array) + array.nbytes and address(array) < address(out) + out.nbytes:
             raise ValueError(f"{name} overlaps {other} in memory, expected arrays apart")
 
@@ -85,10 +101,16 @@ def empty(shape: tuple[int, ...], like: Array) -> Array:
     count = functools.reduce(lambda product, size: product * int(size), shape, 1)
     if count >= LIMIT:
         raise ValueError(f"the result has shape {shape}, {count} elements, expected fewer than 2^31")
+    return new(shape, like.dtype, like)
+
+
+def new(shape: tuple[int, ...], dtype: np.dtype | type | str, like: Array, value: float | None = None) -> Array:
+    """A new array in the place of `like`, full of `value`; where that is None, for a kernel to fill."""
     if not on_device(like):
-        return np.empty(shape, like.dtype)
+        return np.empty(shape, dtype) if value is None else np.full(shape, value, dtype)
+    cupy = sys.modules["cupy"]
     with like.device:
-        return sys.modules["cupy"].empty(shape, like.dtype)
+        return cupy.empty(shape, dtype) if value is None else cupy.full(shape, value, dtype)
 
 
 Extent = tuple[int, int, int]

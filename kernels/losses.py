@@ -9,12 +9,12 @@ the same every time: for maps of one shape, nothing is summed in an order that m
 from __future__ import annotations
 
 import math
-import sys
 from typing import NamedTuple
 
 import numpy as np
 
-from kernels.launch import Array, address, check, check_output, launch, on_device, place
+from kernels.ladder import accumulator, check_rung
+from kernels.launch import Array, address, check, check_apart, check_array, check_output, launch, new, place
 from kernels.source import Source
 
 SOURCE = Source(
@@ -78,15 +78,15 @@ def depth_loss(
     _check_maps(prediction, target, mask)
     scales, kept, gradient_weight = _check_options(kept, scales, gradient_weight, rung)
     if out is None:
-        out = _new((1,), target.dtype, prediction)
+        out = new((1,), target.dtype, prediction)
     check_output("out", out, (1,), {"target": target})
-    _check_apart(out, prediction=prediction, mask=mask)
+    check_apart("out", out, {"prediction": prediction, "mask": mask})
     images, height, width = prediction.shape
-    residual = _new(prediction.shape, target.dtype, prediction)
-    numbers = _new((images, NUMBERS), target.dtype, prediction)
-    counts = _new((images, COUNTS), np.dtype(np.int32), prediction, zero=True)
+    residual = new(prediction.shape, target.dtype, prediction)
+    numbers = new((images, NUMBERS), target.dtype, prediction)
+    counts = new((images, COUNTS), np.dtype(np.int32), prediction, 0)
     chunks = 1 if rung == 1 else -(-height * width // chunk_of(images, height * width))
-    parts = _new((images * chunks, 2), target.dtype, prediction)
+    parts = new((images * chunks, 2), target.dtype, prediction)
     options = np.float64(kept), np.int32(scales), np.float64(gradient_weight)
     if rung == 1:
         maps = prediction, target, mask, residual, numbers, counts, parts
@@ -155,17 +155,17 @@ def depth_loss_backward(dloss: Array, prediction: Array, saved: DepthSaved, out:
     check({"saved.residual": saved.residual, "dloss": dloss})
     if dloss.shape != (1,):
         raise ValueError(f"dloss has shape {dloss.shape}, expected (1,)")
-    wanted = (prediction.shape, _accumulator(prediction), place(prediction))
+    wanted = (prediction.shape, accumulator(prediction), place(prediction))
     if (saved.residual.shape, saved.residual.dtype, place(saved.residual)) != wanted:
         raise ValueError(
             f"saved is of a prediction {saved.residual.shape} whose accumulator is {saved.residual.dtype.name}, on "
             f"{place(saved.residual)}, expected one {wanted[0]} with {wanted[1].name}, on {wanted[2]}"
         )
     if out is None:
-        out = _new(prediction.shape, prediction.dtype, prediction)
+        out = new(prediction.shape, prediction.dtype, prediction)
     check_output("out", out, prediction.shape, {"prediction": prediction})
     residual, numbers, counts, scales, gradient_weight, rung = saved
-    _check_apart(out, dloss=dloss, residual=residual, numbers=numbers, counts=counts)
+    check_apart("out", out, {"dloss": dloss, "residual": residual, "numbers": numbers, "counts": counts})
     images, height, width = prediction.shape
     chunk = chunk_of(images, height * width)
     chunks = -(-height * width // chunk)
@@ -177,29 +177,20 @@ def depth_loss_backward(dloss: Array, prediction: Array, saved: DepthSaved, out:
     return out
 
 
-def _accumulator(prediction: Array) -> np.dtype:
-    return np.dtype(np.float64 if prediction.dtype == np.float64 else np.float32)
-
-
 def _check_maps(prediction: Array, target: Array, mask: Array) -> None:
     check({"prediction": prediction})
     if prediction.ndim != 3:
         raise ValueError(f"prediction has shape {prediction.shape}, expected (B, H, W)")
     check({"target": target})
-    if not (isinstance(mask, np.ndarray) or on_device(mask)):
-        raise TypeError(f"mask is a {type(mask).__module__}.{type(mask).__name__}, expected a NumPy or a CuPy array")
-    if mask.dtype not in (np.dtype(bool), np.dtype(np.uint8)):
-        raise TypeError(f"mask has dtype {mask.dtype.name}, expected bool or uint8")
-    if target.dtype != _accumulator(prediction):
-        expected = f"expected {_accumulator(prediction).name} for a prediction of {prediction.dtype.name}"
+    check_array("mask", mask, ("bool", "uint8"), {})
+    if target.dtype != accumulator(prediction):
+        expected = f"expected {accumulator(prediction).name} for a prediction of {prediction.dtype.name}"
         raise TypeError(f"target has dtype {target.dtype.name}, {expected}")
     for name, array in (("target", target), ("mask", mask)):
         if place(array) != place(prediction):
             raise ValueError(f"{name} is on {place(array)} and prediction on {place(prediction)}, expected one place")
         if array.shape != prediction.shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {prediction.shape}, the shape of the prediction")
-    if not mask.flags.c_contiguous:
-        raise ValueError(f"mask has strides {mask.strides} for shape {mask.shape}, expected a C-contiguous array")
 
 
 def _check_options(kept: float, scales: int, gradient_weight: float, rung: int) -> tuple[int, float, float]:
@@ -210,28 +201,12 @@ def _check_options(kept: float, scales: int, gradient_weight: float, rung: int) 
         raise ValueError(f"scales is {scales!r}, expected a whole number from 0 to {MAX_SCALES}")
     if not math.isfinite(gradient_weight):
         raise ValueError(f"gradient_weight is {gradient_weight!r}, expected a finite number")
-    if rung not in (1, 2):
-        raise ValueError(f"rung is {rung!r}, expected 1 or 2")
+    check_rung(rung, 2)
     return int(scales), float(kept), float(gradient_weight)
-
-
-def _check_apart(out: Array, **others: Array) -> None:
-    for name, array in others.items():
-        if address(out) < address(array) + array.nbytes and address(array) < address(out) + out.nbytes:
-            raise ValueError(f"out overlaps {name} in memory, expected arrays apart")
-
-
-def _new(shape: tuple[int, ...], dtype: np.dtype, like: Array, zero: bool = False) -> Array:
-    """A new array in the place of `like`."""
-    if not on_device(like):
-        return np.zeros(shape, dtype) if zero else np.empty(shape, dtype)
-    with like.device:
-        cupy = sys.modules["cupy"]
-        return cupy.zeros(shape, dtype) if zero else cupy.empty(shape, dtype)
 
 
 def _selections(digits: int, like: Array) -> tuple[Array, Array]:
     """For each image of `like` and digit of its selections: a histogram, all zero, and room for a choice (16 bytes)."""
     images = len(like)
-    histograms = _new((images, digits, 2**DIGIT), np.dtype(np.uint32), like, zero=True)
-    return histograms, _new((images, digits, 2), np.dtype(np.uint64), like)
+    histograms = new((images, digits, 2**DIGIT), np.dtype(np.uint32), like, 0)
+    return histograms, new((images, digits, 2), np.dtype(np.uint64), like)

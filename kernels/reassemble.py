@@ -13,8 +13,8 @@ from __future__ import annotations
 import operator
 from typing import NamedTuple
 
-from kernels.ladder import accumulator, check_layout, ints, lanes, new, vector_bytes
-from kernels.launch import Array, check, check_output, empty, launch, launch_each
+from kernels.ladder import accumulator, check_layout, ints, lanes, vector_bytes
+from kernels.launch import Array, check, check_output, empty, launch, launch_each, new
 from kernels.source import Source
 
 _PIECES = ("{}, 16, 16", "{}, 16, 1", "{}, 1, 1")

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels import compile as kernel_compiler
 from kernels import host
-from kernels.attention import SOURCE, attend, attend_backward
+from kernels.attention import attend, attend_backward
 from kernels.source import Source
 from reference import nn
 from tests.equality import assert_same
@@ -389,22 +388,6 @@ def test_kernel_copies_that_are_not_waited_for_are_seen(seed):
 
 
 # Machine code
-
-
-@pytest.mark.parametrize("architecture", [75, 90])
-def test_kernel_attention_compiles_without_spills(architecture):
-    try:
-        kernel_compiler.nvrtc()
-    except ImportError as error:
-        pytest.skip(str(error))
-    compiled = kernel_compiler.compile_source(SOURCE, architecture)
-    elements = ("float", "__half", "__nv_bfloat16")
-    names = {template.format(e) for template in SOURCE.templates if template not in SOURCE.half for e in elements}
-    names |= {template.format(e) for template in SOURCE.half for e in elements[1 : 2 if architecture < 80 else 3]}
-    assert set(compiled.resources) == names
-    for name, (registers, spilled) in compiled.resources.items():
-        assert spilled == 0, name
-        assert registers <= 255, name  # blocks of 128 threads, of which two fit into a multiprocessor
 
 
 # What the wrappers refuse

@@ -11,9 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels import compile as kernel_compiler
 from kernels import host
-from kernels.cross_entropy import SOURCE, cross_entropy, cross_entropy_backward
+from kernels.cross_entropy import cross_entropy, cross_entropy_backward
 from reference import nn
 from reference.losses import segmentation_loss
 from tests.equality import assert_same
@@ -385,7 +384,7 @@ READ_ONLY.flags.writeable = False
         (lambda: forward(logits_of((2, 0, 4, 5)), labels_of()), ValueError, "logits has shape .* which is empty"),
         (lambda: forward(logits_of()[..., ::2], labels_of()), ValueError, "logits has strides"),
         (lambda: forward(logits_of(), torch.ones(2, 8, 9)), TypeError, "labels is a torch.Tensor, expected a NumPy or a CuPy"),
-        (lambda: forward(logits_of(), labels_of(dtype=np.int16)), TypeError, "int16.*, expected uint8 or int32 or int64"),
+        (lambda: forward(logits_of(), labels_of(dtype=np.int16)), TypeError, "int16.*, expected one of uint8, int32, int64"),
         (lambda: forward(logits_of(), labels_of(dtype=bool)), TypeError, "labels has dtype .*bool"),
         (lambda: forward(logits_of(), labels_of(dtype=">i4")), TypeError, "labels has dtype >i4"),
         (lambda: forward(logits_of(), labels_of((3, 8, 9))), ValueError, r"labels has shape \(3, 8, 9\), expected \(2, H, W\)"),
@@ -460,19 +459,6 @@ def test_kernel_cross_entropy_names_what_is_wrong(monkeypatch, call, error, word
     monkeypatch.setattr("kernels.cross_entropy.launch_each", refuse)
     with pytest.raises(error, match=words):
         call()
-
-
-@pytest.mark.parametrize("architecture", [75, 90])
-def test_kernel_cross_entropy_compiles_without_spilling(architecture):
-    try:
-        kernel_compiler.nvrtc()
-    except ImportError as error:
-        pytest.skip(str(error))
-    compiled = kernel_compiler.compile_source(SOURCE, architecture)
-    assert len(compiled.resources) == 3 * len(SOURCE.templates)
-    for name, (registers, spilled) in compiled.resources.items():
-        assert registers <= (96 if "walking" in name or "backward_naive" in name else 64), name
-        assert spilled == 0, name
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import reference.losses as plain
-from kernels import compile as kernel_compiler
 from kernels import host, losses
 from kernels.losses import depth_loss, depth_loss_backward
 from tests.equality import assert_same
@@ -372,7 +371,7 @@ def loss_of(prediction=None, target=None, mask=MASK, **options):
         ),
         (lambda: loss_of(target=maps_of((2, 4, 3)).transpose(0, 2, 1)), ValueError, "target has strides"),
         (lambda: loss_of(mask=[True]), TypeError, "mask is a builtins.list"),
-        (lambda: loss_of(mask=maps_of()), TypeError, "mask has dtype float32, expected bool or uint8"),
+        (lambda: loss_of(mask=maps_of()), TypeError, "mask has dtype .*float32.*, expected bool or uint8"),
         (lambda: loss_of(mask=MASK[:1]), ValueError, r"mask has shape \(1, 3, 4\), expected \(2, 3, 4\)"),
         (lambda: loss_of(mask=np.ones((2, 3, 8), bool)[..., ::2]), ValueError, "mask has strides .* C-contiguous"),
         (lambda: loss_of(kept=1.5), ValueError, "kept is 1.5, expected a fraction"),
@@ -381,7 +380,7 @@ def loss_of(prediction=None, target=None, mask=MASK, **options):
         (lambda: loss_of(scales=-1), ValueError, "scales is -1"),
         (lambda: loss_of(scales=2.0), ValueError, r"scales is 2\.0, expected a whole number"),
         (lambda: loss_of(gradient_weight=math.inf), ValueError, "gradient_weight is inf, expected a finite number"),
-        (lambda: loss_of(rung=3), ValueError, "rung is 3, expected 1 or 2"),
+        (lambda: loss_of(rung=3), ValueError, "rung is 3, expected a whole number from 1 to 2"),
         (lambda: loss_of(out=maps_of((2,))), ValueError, r"out has shape \(2,\), expected \(1,\)"),
         (lambda: loss_of(out=maps_of((1,), np.float16)), TypeError, "out has dtype float16 and target float32"),
         (lambda: loss_of(out=READ_ONLY), ValueError, "out is read-only"),
@@ -422,20 +421,6 @@ def test_kernel_depth_loss_backward_names_what_is_wrong(monkeypatch, change, err
 
 
 # ---- machine code, and a GPU ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("architecture", [75, 90])
-def test_kernel_depth_loss_compiles_to_machine_code(architecture):
-    try:
-        kernel_compiler.nvrtc()
-    except ImportError as error:
-        pytest.skip(str(error))
-    compiled = kernel_compiler.compile_source(losses.SOURCE, architecture)
-    elements = ("float", "__half", "__nv_bfloat16")
-    assert set(compiled.resources) == {template.format(element) for template in losses.SOURCE.templates for element in elements}
-    for name, (registers, spilled) in compiled.resources.items():
-        assert 0 < registers <= 64, name  # two blocks of 512 threads on a multiprocessor, or more
-        assert spilled == 0, name
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import reference
 import reference.configs
 from accelerated.dpt import from_config
 from accelerated.midas import MiDaS, RectifiedFusion
-from accelerated.predict import predict
+from accelerated.predictor import Predictor
 from accelerated.preprocess import network_shape, preprocess
 from reference.midas import encode, rectified_fusion
 from tests.equality import MODEL, assert_same, assert_same_dict
@@ -156,7 +156,7 @@ def test_an_image_is_prepared_as_the_authors_do():
 
 def test_a_picture_is_predicted_at_its_own_size():
     picture = np.random.default_rng(0).integers(0, 256, (41, 70, 3), np.uint8)
-    depth = predict(from_config(small("midas_v21_small", network_size=64)), picture)
+    depth = Predictor(from_config(small("midas_v21_small", network_size=64)))(picture)
     assert depth.shape == (41, 70)
     assert np.isfinite(depth).all()
     assert depth.std() > 0

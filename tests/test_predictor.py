@@ -22,7 +22,6 @@ import reference
 from accelerated import placement, preprocess
 from accelerated.dpt import DPT, from_config
 from accelerated.postprocess import at_size, classes_at_size
-from accelerated.predict import predict
 from accelerated.predictor import Predictor, _patch_under
 from tests.equality import assert_same
 from tests.models import model_parameters, small
@@ -141,7 +140,7 @@ def test_half_precision_is_resized_in_float32() -> None:
 
 def test_predict_takes_the_device_and_precision_of_the_model() -> None:
     image = picture(64, 64)
-    depth = predict(Red().double(), image)  # type: ignore[arg-type]
+    depth = Predictor(Red().double(), dtype="float64")(image)  # type: ignore[arg-type]
     assert_same(depth, image[..., 0] / 255)  # the network's own size: nothing is resized
 
 

@@ -138,7 +138,7 @@ def test_half_precision_is_resized_in_float32() -> None:
     assert torch.equal(at_size(maps, (11, 13)), at_size(maps.float(), (11, 13)))
 
 
-def test_predict_takes_the_device_and_precision_of_the_model() -> None:
+def test_float64_is_predicted_in_float64() -> None:
     image = picture(64, 64)
     depth = Predictor(Red().double(), dtype="float64")(image)  # type: ignore[arg-type]
     assert_same(depth, image[..., 0] / 255)  # the network's own size: nothing is resized

@@ -618,7 +618,12 @@ def test_ctrl_c_ends_with_130(files: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerated.predict", "long.mp4", "--weights", files / "depth.safetensors"]
     options = ["--size", "1024", "--save", "npy,color", "--output", "out", "--device", "cpu"]
     with subprocess.Popen(
-        [*command, *options], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+        [*command, *options],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests run in the background inherit its being ignored
     ) as process:
         deadline = time.monotonic() + 100
         while not (tmp_path / "out" / "long" / "000001.npy").exists() and time.monotonic() < deadline:

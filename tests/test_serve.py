@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -346,7 +347,8 @@ def listening(pid: int) -> set[tuple[str, int]]:
     """(address in hexadecimal, port) of every TCP socket that a process listens on, from Linux's /proc."""
     sockets = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        sockets |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(link)))
+        with contextlib.suppress(FileNotFoundError):  # one that was closed since the folder was listed
+            sockets |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(link)))
     found = set()
     for table in ("tcp", "tcp6"):
         for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:

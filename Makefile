@@ -28,10 +28,10 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN) -m p
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test explore sanitize mutants lint format clean
+.PHONY: help demo test explore sanitize test-gpu mutants lint format clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 # A finished training is not repeated. Status 3: finished, but not as good as its recipe promises, which it says itself.
 demo: $(VENV)/installed-demo  ## install, train a small DPT on rendered scenes, predict two photographs with it
@@ -61,6 +61,14 @@ sanitize: $(VENV)/installed-tests  ## the compiled twins and their tests under t
 	cd $(SANITIZED) && CC="$(CC) $(SANITIZE)" $(abspath $(BIN)) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN)) -m pytest --quiet -p no:cacheprovider $(SANITIZED_TESTS)
+
+# By the machine's own Python, in which torch and CuPy match its driver, and without network.
+GPU_PYTHON ?= python3
+GPU_RESULTS := runs/gpu
+
+test-gpu:  ## on a machine with a GPU, by its own Python: every test that needs one, and the kernels' benchmark, into runs/gpu
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m tests.gpu --output $(GPU_RESULTS)
 
 # MUTANTS passes options on: `make mutants MUTANTS="--survivors --module reference/optim.py"`; `--help` lists them.
 mutants: $(VENV)/installed-mutants  ## change the reference in hundreds of places, one at a time, and see that its tests notice

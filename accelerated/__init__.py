@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from accelerated.dpt import DPT, create_model
     from accelerated.heads import Segmentation
     from accelerated.inference import segment
+    from accelerated.kernel_paths import kernel_report, use_kernels
     from accelerated.predictor import Predictor
     from accelerated.weights import load, save, to_numpy
 
@@ -35,6 +36,8 @@ _HOME = {
     "published_file": "checkpoints",
     "save_huggingface": "checkpoints.huggingface_export",
     "Predictor": "predictor",
+    "kernel_report": "kernel_paths",
+    "use_kernels": "kernel_paths",
     "load": "weights",
     "save": "weights",
     "to_numpy": "weights",
@@ -53,6 +56,7 @@ __all__ = [
     "attention_maps",
     "configuration",
     "create_model",
+    "kernel_report",
     "load",
     "load_checkpoint",
     "published_file",
@@ -60,6 +64,7 @@ __all__ = [
     "save_huggingface",
     "segment",
     "to_numpy",
+    "use_kernels",
 ]
 
 

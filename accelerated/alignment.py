@@ -16,6 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from accelerated import operators
+from accelerated.kernel_paths import by_kernel
+
 SMALLEST_DEVIATION = 1e-6  # s(d) of the median alignment is clamped here
 _PIXELS = (1, 2)
 
@@ -106,6 +109,9 @@ def least_squares(prediction: Tensor, target: Tensor, mask: Tensor) -> LeastSqua
     predictions are constant (one pixel, or none, is), to within 8 eps of the largest: then s = 0, t = mean target, which is a
     minimiser, and no gradient flows. Without a valid pixel t = 0.
     """
+    if by_kernel("least_squares", prediction.device.type):
+        real = torch.promote_types(prediction.dtype, torch.float32)
+        return LeastSquares(*operators.least_squares(prediction.to(real), target.detach().to(real), mask))
     prediction = valid_or_zero(prediction, mask)
     target = valid_or_zero(target.detach(), mask).to(prediction.dtype)
     count = _count(mask)

@@ -1,4 +1,4 @@
-"""Attention maps of a running model: where each head of a block looks (Vaswani et al. 2017, section 3.2; paper section 3.1).
+"""Attention of a running model: its module, and where each head looks (Vaswani et al. 2017, section 3.2; paper section 3.1).
 
     softmax(q k^T / sqrt(d))            (B, heads, N, N): row i says where token i looks, and sums to one
 
@@ -9,12 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import timm.layers.attention
 import torch
 from torch import Tensor, nn
 
-from accelerated.dpt import DPT
+from accelerated import operators
+from accelerated.kernel_paths import by_kernel
+
+if TYPE_CHECKING:
+    from accelerated.dpt import DPT
+
+
+class Attention(timm.layers.attention.Attention):
+    """timm's multi-head self-attention, tokens (B, N, D) to the same, which calls torch's fused attention or our kernel."""
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        masked = any(argument is not None and argument is not False for argument in (*arguments, *options.values()))
+        if masked or not by_kernel("attention", x.device.type):  # a DPT masks nothing, and neither does the kernel
+            return super().forward(x, *arguments, **options)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        out, _ = operators.attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from accelerated.attention import Attention
 from accelerated.configs import Config
 
 
@@ -129,7 +130,7 @@ def load_imagenet(backbone: Backbone, config: Config) -> None:
 def _vision_transformer(config: Config) -> VisionTransformer:
     kind = VisionTransformer if config["prefix_tokens"] == 1 else VisionTransformerDistilled
     hybrid = config["embedding"] == "resnet"
-    return kind(
+    vit = kind(
         img_size=config["image_size"],
         patch_size=1 if hybrid else config["patch_size"],  # the ResNet's last map has one position per patch
         embed_layer=partial(HybridEmbed, backbone=_resnet(config)) if hybrid else PatchEmbed,
@@ -140,6 +141,9 @@ def _vision_transformer(config: Config) -> VisionTransformer:
         norm_layer=partial(nn.LayerNorm, eps=config["layer_norm_eps"]),
         num_classes=0,
     )
+    for block in vit.blocks:
+        block.attn.__class__ = Attention  # the same parameters, made by timm; not all its versions take a class of attention
+    return vit
 
 
 def _resnet(config: Config) -> ResNetV2:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from accelerated.backbones import Backbone, load_imagenet
 from accelerated.config_checks import validate
 from accelerated.configs import Config, configuration
-from accelerated.fusion import fuse, fusion_blocks
-from accelerated.heads import DepthHead, Segmentation, SegmentationHead, metric_depth, upsample
+from accelerated.fusion import fuse, fusion_blocks, upsample
+from accelerated.heads import DepthHead, Segmentation, SegmentationHead, metric_depth, upsample_twice
 from accelerated.reassemble import reassemble_stages
 
 
@@ -87,14 +87,16 @@ class DPT(nn.Module):
         features = self.backbone(image)
         stages = [stage(feature, grid) for stage, feature in zip(self.reassemble, features, strict=True)]
         fused = fuse(self.fusion, stages)
+        finest = upsample_twice(fused[0])
         if not self.segments:
-            inverse = self.head(fused[0])
+            inverse = self.head(finest)
             if "metric_scale" not in self.config:
                 return inverse
             return metric_depth(inverse, self.config["metric_scale"], self.config["metric_shift"])
         if self.training:
-            return Segmentation(self.head(fused[0]), self.auxiliary(fused[1]))
-        return Segmentation(upsample(self.head(fused[0])), None)
+            auxiliary = self.auxiliary(upsample(fused[1], stages[0].shape[-2:]))
+            return Segmentation(self.head(finest), auxiliary)
+        return Segmentation(upsample_twice(self.head(finest)), None)
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """The encoder's parameters: the paper trains them with the smaller learning rate (section 4)."""

@@ -1,20 +1,24 @@
 """Fusion (paper section 3.2, figure 1 right): RefineNet-style blocks that join the stages from the deepest to the finest.
 
-    y = project(upsample(RCU2(previous + RCU1(skip))))        the deepest block has no skip: y = project(upsample(RCU2(x)))
+    y = upsample(project(RCU2(previous + RCU1(skip))))        the deepest block has no skip: y = upsample(project(RCU2(x)))
 
 In: maps (B, D^, h, w). Out: (B, D^, h', w'), (h', w') the size of the next finer stage, bilinear with align_corners=True; twice
-(h, w) after the finest. RCU is the residual convolutional unit x + conv(ReLU(conv(ReLU(x)))).
+(h, w) after the finest. RCU is the residual convolutional unit x + conv(ReLU(conv(ReLU(x)))). Figure 1 projects, by a 1x1
+convolution, after upsampling. The two commute: bilinear weights sum to one, whatever a bias adds. This way round the convolution
+sees a quarter of the pixels, and the sum with the next RCU1 can be part of the upsampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accelerated import operators
 from accelerated.configs import Config
+from accelerated.kernel_paths import by_kernel
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -72,19 +76,19 @@ class DeepestFusion(nn.Module):
         self.rcu2 = residual_conv_unit(config)
         self.project = nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.project(F.interpolate(self.rcu2(x), size=size, mode="bilinear", align_corners=True))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.rcu2(x))
 
 
 class Fusion(DeepestFusion):
-    """The block that adds a finer stage, `skip`, to the output of the block before it; both (B, D^, h, w)."""
+    """The block that adds a finer stage, `skip` (B, D^, h, w), to the output of the block before it, upsampled to its size."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.rcu1 = residual_conv_unit(config)
 
-    def forward(self, previous: Tensor, size: tuple[int, int], skip: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(previous + self.rcu1(skip), size)
+    def forward(self, previous: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(upsample_add(previous, self.rcu1(skip)))
 
 
 def residual_conv_unit(config: Config) -> nn.Module:
@@ -99,13 +103,23 @@ def fusion_blocks(config: Config) -> nn.ModuleList:
 
 
 def fuse(blocks: nn.ModuleList, stages: list[Tensor]) -> list[Tensor]:
-    """Run the chain over the reassembled stages (finest first); return every block's output in the same order.
+    """Run the chain over the reassembled stages (finest first); return what every block gives, in the same order.
 
-    Output k has the size of stage k - 1, output 0 twice that of stage 0.
+    Output k has the size of stage k. Whoever takes it upsamples it, to the size of stage k - 1 or twice its own.
     """
-    height, width = stages[0].shape[-2:]
-    sizes = [(2 * height, 2 * width), *((stage.shape[-2], stage.shape[-1]) for stage in stages[:-1])]
-    outputs = [blocks[3](stages[3], sizes[3])]
+    outputs = [blocks[3](stages[3])]
     for k in (2, 1, 0):
-        outputs.insert(0, blocks[k](outputs[0], sizes[k], stages[k]))
+        outputs.insert(0, blocks[k](outputs[0], stages[k]))
     return outputs
+
+
+def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+    """x (B, C, h, w) resized to (B, C, *size), bilinear, align_corners=True."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def upsample_add(x: Tensor, skip: Tensor) -> Tensor:
+    """x (B, C, h, w) upsampled to the size of skip (B, C, H, W), plus skip: by torch or by our kernel."""
+    if by_kernel("upsample_add", skip.device.type):
+        return operators.upsample_add(x, skip)
+    return upsample(x, skip.shape[-2:]) + skip

@@ -73,6 +73,6 @@ class SegmentationHead(nn.Module):
         return self.classifier(self.dropout(F.relu(self.bn(self.conv(x)))))
 
 
-def upsample(x: Tensor) -> Tensor:
-    """Twice the size, bilinear, corners aligned: the heads' last step."""
+def upsample_twice(x: Tensor) -> Tensor:
+    """Twice the size, bilinear, corners aligned: the last step of fusion, and of the heads."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from accelerated import operators
+from accelerated.kernel_paths import by_kernel
+
 from .alignment import align_least_squares, align_median, centred, least_squares, median_and_deviation, valid_or_zero
 
 
@@ -118,6 +121,9 @@ def depth_loss(
     if alignment not in ALIGNMENTS:
         raise ValueError(f"unknown alignment {alignment!r}: expected one of {', '.join(ALIGNMENTS)}")
     _check_shapes(prediction, target, mask)
+    if alignment == "median" and by_kernel("depth_loss", prediction.device.type):
+        target = target.detach().to(torch.promote_types(prediction.dtype, torch.float32))
+        return operators.depth_loss(prediction, target, mask, kept, scales, gradient_weight)[0]
     prediction = valid_or_zero(prediction, mask)
     target = valid_or_zero(target.detach(), mask).to(prediction.dtype)
     residual = ALIGNMENTS[alignment](prediction, target, mask)
@@ -189,12 +195,12 @@ def anchor_loss(prediction: Tensor, mask: Tensor) -> Tensor:
 def check_labels(labels: Tensor, batch: int, num_classes: int, ignore_index: int) -> None:
     """Raise ValueError unless labels are integers (B, H, W), each a class or `ignore_index`.
 
-    Reads one number back from a GPU; inside a compiled graph, where that would break it, values are not looked at.
+    Reads one number back from a GPU; inside a graph, compiled or captured, which that would break, values are not looked at.
     """
     integers = not (labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool)
     if labels.ndim != 3 or len(labels) != batch or labels.numel() == 0 or not integers:
         raise ValueError(f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}: expected integers ({batch}, H, W)")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
     if wrong.any():
@@ -204,6 +210,9 @@ def check_labels(labels: Tensor, batch: int, num_classes: int, ignore_index: int
 
 def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """Mean of -log softmax(logits)[label] over the pixels that are not ignored, 0 if all are: (B, K, h, w), (B, H, W)."""
+    if by_kernel("cross_entropy", logits.device.type):
+        labels = labels if labels.dtype in (torch.uint8, torch.int32, torch.int64) else labels.long()
+        return operators.upsampled_cross_entropy(logits, labels, ignore_index)[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=True)
     labels = labels.long()

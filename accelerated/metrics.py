@@ -20,7 +20,9 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from accelerated import operators
 from accelerated.alignment import least_squares
+from accelerated.kernel_paths import by_kernel
 
 _SMALLEST = 1e-12  # metres: keeps divisions finite where depth is unknown, which is 0
 _PIXELS = (1, 2)
@@ -265,6 +267,10 @@ def confusion(prediction: Tensor, label: Tensor, num_classes: int, ignore_index:
     """
     if prediction.shape != label.shape:
         raise ValueError(f"the prediction has shape {tuple(prediction.shape)}: expected {tuple(label.shape)}, the label's")
+    if by_kernel("confusion", label.device.type):
+        kinds = (torch.uint8, torch.int32, torch.int64)
+        prediction, label = (ids if ids.dtype in kinds else ids.long() for ids in (prediction, label))
+        return operators.confusion(prediction, label, num_classes, ignore_index)
     counted = label != ignore_index
     truth, guess = label[counted].long(), prediction[counted].long()
     for name, values in (("label", truth), ("prediction", guess)):

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from accelerated.configs import Config
 from accelerated.dpt import DPT
-from accelerated.fusion import BatchNorm2d, DeepestFusion, Fusion, ResidualConvUnit, fuse
-from accelerated.heads import DepthHead
+from accelerated.fusion import BatchNorm2d, DeepestFusion, Fusion, ResidualConvUnit, fuse, upsample_add
+from accelerated.heads import DepthHead, upsample_twice
 
 SIDE = 4  # the sides of an image are multiples of this: the finest tap has a quarter of its size
 
@@ -104,25 +104,25 @@ class EfficientNetEncoder(nn.Module):
 
 
 class DeepestRectifiedFusion(nn.Module):
-    """upsample(RCU2(ReLU(x))): with its input rectified, the residual unit computes ReLU(x) + f(x)."""
+    """RCU2(ReLU(x)): with its input rectified, the residual unit computes ReLU(x) + f(x)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.rcu2 = ResidualConvUnit(width)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.interpolate(self.rcu2(F.relu(x)), size=size, mode="bilinear", align_corners=True)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rcu2(F.relu(x))
 
 
 class RectifiedFusion(DeepestRectifiedFusion):
-    """The same of a finer stage, `skip`, added to the output of the block before it; both (B, D^, h, w)."""
+    """The same of a finer stage, `skip` (B, D^, h, w), added to the output of the block before it, upsampled to its size."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.rcu1 = ResidualConvUnit(width)
 
-    def forward(self, previous: Tensor, size: tuple[int, int], skip: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(previous + self.rcu1(F.relu(skip)), size)
+    def forward(self, previous: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(upsample_add(previous, self.rcu1(F.relu(skip))))
 
 
 class ReduceMap(nn.Module):
@@ -167,7 +167,7 @@ class MiDaS(DPT):
         if image.shape[2] % SIDE or image.shape[3] % SIDE:
             raise ValueError(f"the image is {image.shape[2]} x {image.shape[3]} pixels: expected multiples of {SIDE}")
         maps = [reduce(x) for reduce, x in zip(self.reassemble, self.backbone(image), strict=True)]
-        return self.head(fuse(self.fusion, maps)[0])
+        return self.head(upsample_twice(fuse(self.fusion, maps)[0]))
 
 
 def _stages(config: Config) -> Iterator[str]:

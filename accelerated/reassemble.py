@@ -10,18 +10,20 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accelerated import operators
 from accelerated.configs import Config
+from accelerated.kernel_paths import by_kernel
 
 
 class ReadIgnore(nn.Module):
-    """Drop the readout token (equation 3). Tokens (B, P + N, D) to (B, N, D)."""
+    """Drop the readout token (equation 3). Tokens (B, P + N, D) to a map (B, D, h, w)."""
 
     def __init__(self, prefix_tokens: int) -> None:
         super().__init__()
         self.prefix_tokens = prefix_tokens
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, self.prefix_tokens :]
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return concatenate(tokens[:, self.prefix_tokens :], grid)
 
 
 class ReadAdd(nn.Module):
@@ -31,8 +33,9 @@ class ReadAdd(nn.Module):
         super().__init__()
         self.prefix_tokens = prefix_tokens
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, self.prefix_tokens :] + tokens[:, : self.prefix_tokens].mean(dim=1, keepdim=True)
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
+        return concatenate(patches + prefix.mean(dim=1, keepdim=True), grid)
 
 
 class ReadProject(nn.Linear):
@@ -42,11 +45,13 @@ class ReadProject(nn.Linear):
         super().__init__(2 * dim, dim)
         self.prefix_tokens = prefix_tokens
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
         # W [t; t0] = W_left t + W_right t0, and the second product is the same for every patch: once per image is enough.
         left, right = self.weight.split(self.out_features, dim=1)
-        readout = F.linear(tokens[:, :1], right, self.bias)
-        return F.gelu(F.linear(tokens[:, self.prefix_tokens :], left) + readout)
+        patches = F.linear(tokens[:, self.prefix_tokens :], left)
+        if by_kernel("read_project", tokens.device.type):
+            return operators.read_project(patches, F.linear(tokens[:, 0], right), self.bias, *grid)
+        return concatenate(F.gelu(patches + F.linear(tokens[:, :1], right, self.bias)), grid)
 
 
 class ReassembleTokens(nn.Module):
@@ -61,9 +66,7 @@ class ReassembleTokens(nn.Module):
         self.out = nn.Conv2d(width, config["fusion_width"], 3, padding=1, bias=False)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        patches = self.readout(tokens)
-        maps = patches.transpose(1, 2).reshape(patches.shape[0], patches.shape[2], *grid)
-        return self.out(self.resample(self.project(maps)))
+        return self.out(self.resample(self.project(self.readout(tokens, grid))))
 
 
 class ReassembleMap(nn.Module):
@@ -83,6 +86,11 @@ def reassemble_stages(config: Config) -> nn.ModuleList:
     return nn.ModuleList(
         ReassembleMap(config, stage) if isinstance(tap, str) else ReassembleTokens(config, stage) for stage, tap in stages
     )
+
+
+def concatenate(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patch tokens (B, h w, D) as a map (B, D, h, w) (equation 6)."""
+    return patches.transpose(1, 2).reshape(patches.shape[0], patches.shape[2], *grid)
 
 
 def _read(config: Config) -> nn.Module:

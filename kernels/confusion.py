@@ -15,6 +15,7 @@ from kernels.source import Source
 SOURCE = Source("confusion.cu", ("confusion_naive", "confusion_matching", "confusion_shared"))
 
 RUNGS = 3
+ELEMENT = "float32"  # the kernels have no element type: any names them
 THREADS = 256
 SHARED_BYTES = 48 * 1024  # what every GPU gives a block
 MOST_SHARED_CLASSES = 156  # two counters in 4 bytes: 156 * 156 * 2 bytes fit
@@ -75,16 +76,15 @@ def _count(prediction: Array, label: Array, num_classes: int, ignore_index: int,
     counts = new((num_classes, num_classes), "int64", label, 0)
     wrong = new((2,), "int32", label, pixels)
     numbers = (label.itemsize, prediction.itemsize, pixels, num_classes, ignore_index)
-    # A launch finds its kernel by the element type of its first array, and these kernels have none: counts go as if float32.
-    arguments = (counts.view(np.float32), label, prediction, wrong, *map(np.int32, numbers))
+    arguments = (counts, label, prediction, wrong, *map(np.int32, numbers))
     if rung < 3:
         blocks = -(-pixels // THREADS)
-        launch(SOURCE, SOURCE.templates[rung - 1], (blocks, 1, 1), (THREADS, 1, 1), arguments)
+        launch(SOURCE, SOURCE.templates[rung - 1], (blocks, 1, 1), (THREADS, 1, 1), arguments, 0, ELEMENT)
     else:
         block_pixels = _block_pixels(pixels)
         shared = 4 * (-(-(num_classes**2) // 2))
         extent = (-(-pixels // block_pixels), 1, 1)
-        launch(SOURCE, "confusion_shared", extent, (THREADS, 1, 1), (*arguments, np.int32(block_pixels)), shared)
+        launch(SOURCE, "confusion_shared", extent, (THREADS, 1, 1), (*arguments, np.int32(block_pixels)), shared, ELEMENT)
     for name, array, first in zip(("label", "prediction"), (label, prediction), on_host(wrong).tolist(), strict=True):
         if first < pixels:
             raise ValueError(f"the {name} holds {int(array.reshape(-1)[first])}: expected a class from 0 to {num_classes - 1}")

@@ -123,15 +123,17 @@ def launch(
     block: Extent,
     arguments: tuple[Any, ...],
     shared: int = 0,
+    element: str | None = None,
 ) -> None:
     """Launch a kernel over `grid` blocks of `block` threads, with `shared` bytes of dynamic shared memory.
 
-    Arguments as the kernel declares them, arrays first, the first of the element type; they have passed `check`. On a GPU this
+    Arguments as the kernel declares them, arrays first; they have passed `check`. `element` is the dtype by whose name the kernel
+    is found, by default that of the first array; a kernel without an element type is compiled once for each. On a GPU this
     is queued on CuPy's current stream of their device; on the host it is done on return. Compiled at the first use. RuntimeError
     where the kernel does not exist for this element type or GPU.
     """
     first = arguments[0]
-    dtype = first.dtype.name
+    dtype = element or first.dtype.name
     if not source.has(template, dtype):
         raise RuntimeError(f"{template.format(dtype)} works on tensor cores, for float16 and bfloat16 alone")
     if not on_device(first):
@@ -139,7 +141,7 @@ def launch(
         return
     with first.device:
         function = _device_kernel(source, template.format(DEVICE_ELEMENTS[dtype]), first.device.id)
-        if shared > 48 * 1024:  # more has to be asked for
+        if shared > max(48 * 1024, function.max_dynamic_shared_size_bytes):  # more has to be asked for
             function.max_dynamic_shared_size_bytes = shared
         function(grid, block, arguments, shared_mem=shared)
 
@@ -154,6 +156,8 @@ def _device_kernel(source: Source, name: str, device: int) -> Any:
     """The kernel on this GPU: what `compile_source` returns, unchanged, in a CuPy RawModule."""
     import cupy
 
+    if cupy.cuda.get_current_stream().is_capturing():
+        raise RuntimeError(f"{name} is not loaded yet, and this stream is captured: run it once before the capture")
     architecture = int(cupy.cuda.Device(device).compute_capability)
     compiled = nvrtc.compile_source(source, architecture)
     if name not in compiled.symbols:

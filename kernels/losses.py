@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels.ladder import accumulator, check_rung
-from kernels.launch import Array, address, check, check_apart, check_array, check_output, launch, new, place
+from kernels.launch import Array, address, check, check_apart, check_array, check_output, check_written, launch, new, place
 from kernels.source import Source
 
 SOURCE = Source(
@@ -40,6 +40,7 @@ LARGE_CHUNK, SMALL_CHUNK = 8192, 2048  # pixels of a block: multiples of 4
 BLOCKS = 128  # about as many as a GPU has multiprocessors
 DIGIT, NUMBERS, COUNTS = 11, 6, 32  # as in the source
 MAX_SCALES = 27
+COUNT = np.dtype(np.int32)
 
 
 class DepthSaved(NamedTuple):
@@ -61,7 +62,7 @@ def depth_loss(
     scales: int = 4,
     gradient_weight: float = 0.5,
     rung: int = 2,
-    out: Array | None = None,
+    out: tuple[Array, Array, Array, Array] | None = None,
 ) -> tuple[Array, DepthSaved]:
     """The trimmed scale-and-shift-invariant loss with gradient matching (MiDaS, Section 5: L_ssitrim and L_reg).
 
@@ -70,33 +71,41 @@ def depth_loss(
     elsewhere changes nothing. Of M valid pixels the floor(kept M) smallest residuals count; gradients are matched at `scales`
     scales, 0 to 27. rung: 1, naive, or 2.
 
-    Returns the loss, `out` or a new array (1,) of the accumulator's dtype: the mean over all images, of which those without a
-    valid pixel contribute 0; and what `depth_loss_backward` takes. No value is looked at before the launch: where a valid
-    pixel is not finite, or the sum of an image's |d - t| is not, the loss is NaN. TypeError or ValueError names the argument
-    whose type, dtype, shape, layout, size, place or value is wrong, or that `out` overlaps.
+    Returns the loss (1,), of the accumulator's dtype: the mean over all images, of which those without a valid pixel contribute
+    0; and what `depth_loss_backward` takes. `out`: arrays for the loss and for the first three of that. No value is looked at
+    before the launch: where a valid pixel is not finite, or the sum of an image's |d - t| is not, the loss is NaN. TypeError or
+    ValueError names the argument whose type, dtype, shape, layout, size, place or value is wrong, or that `out` overlaps.
     """
     _check_maps(prediction, target, mask)
     scales, kept, gradient_weight = _check_options(kept, scales, gradient_weight, rung)
-    if out is None:
-        out = new((1,), target.dtype, prediction)
-    check_output("out", out, (1,), {"target": target})
-    check_apart("out", out, {"prediction": prediction, "mask": mask})
     images, height, width = prediction.shape
-    residual = new(prediction.shape, target.dtype, prediction)
-    numbers = new((images, NUMBERS), target.dtype, prediction)
-    counts = new((images, COUNTS), np.dtype(np.int32), prediction, 0)
+    if out is None:
+        shapes = saved_shapes(prediction.shape)
+        out = tuple(new(shape, COUNT if name == "counts" else target.dtype, prediction) for name, shape in shapes.items())
+    loss, residual, numbers, counts = out
+    inputs = {"prediction": prediction, "target": target, "mask": mask}
+    for (name, shape), array in zip(saved_shapes(prediction.shape).items(), out, strict=True):
+        check_array(name, array, ((COUNT if name == "counts" else target.dtype).name,), {"target": target})
+        check_written(name, array, shape, inputs)
+        inputs[name] = array  # the next must not overlap it either
+    counts.fill(0)
     chunks = 1 if rung == 1 else -(-height * width // chunk_of(images, height * width))
     parts = new((images * chunks, 2), target.dtype, prediction)
     options = np.float64(kept), np.int32(scales), np.float64(gradient_weight)
     if rung == 1:
         maps = prediction, target, mask, residual, numbers, counts, parts
-        shape = np.int32(height), np.int32(width)
-        launch(SOURCE, "depth_loss_naive<{}>", (images, 1, 1), (THREADS, 1, 1), (*maps, *shape, *options))
+        sides = np.int32(height), np.int32(width)
+        launch(SOURCE, "depth_loss_naive<{}>", (images, 1, 1), (THREADS, 1, 1), (*maps, *sides, *options))
     else:
         _select_and_sum(prediction, target, mask, residual, numbers, counts, parts, options)
-    sums = parts, numbers, out, np.int32(images), np.int32(chunks)
+    sums = parts, numbers, loss, np.int32(images), np.int32(chunks)
     launch(SOURCE, "depth_mean<{}>", (1, 1, 1), (THREADS, 1, 1), sums)
-    return out, DepthSaved(residual, numbers, counts, scales, gradient_weight, rung)
+    return loss, DepthSaved(residual, numbers, counts, scales, gradient_weight, rung)
+
+
+def saved_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes of what `depth_loss` writes for a prediction of this shape; all have the accumulator's dtype, counts int32."""
+    return {"loss": (1,), "residual": shape, "numbers": (shape[0], NUMBERS), "counts": (shape[0], COUNTS)}
 
 
 def chunk_of(images: int, pixels: int) -> int:

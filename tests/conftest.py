@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -10,6 +9,8 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.gpu import cuda_devices
 
 # The same examples on every machine and every run: a failure is the change's, never the draw's. No deadlines: machines differ.
 settings.register_profile(
@@ -25,20 +26,8 @@ settings.register_profile("explore", parent=settings.get_profile("default"), der
 settings.load_profile("default")
 
 
-def _cuda_devices() -> int:
-    """How many CUDA devices the driver offers, asked without importing torch or CuPy."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu and _cuda_devices() == 0:
+    if on_gpu and cuda_devices() == 0:
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -118,7 +118,7 @@ def test_kernel_confusion_takes_the_fastest_rung_that_can(monkeypatch):
     for classes in (150, 156, 157):
         confusion(label, label, classes)
     assert [call[0] for call in launched] == ["confusion_shared", "confusion_shared", "confusion_matching"]
-    assert launched[1][-1] == 156 * 156 * 2 <= 48 * 1024 < 157 * 157 * 2
+    assert launched[1][-2] == 156 * 156 * 2 <= 48 * 1024 < 157 * 157 * 2
     assert launched[0][1] == (3, 1, 1)
 
 

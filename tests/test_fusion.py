@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accelerated.fusion import fusion_blocks
+from accelerated.fusion import fusion_blocks, upsample
 from reference.fusion import deepest_fusion, fusion, residual_conv_unit
 from tests.equality import LOGIC, MODEL, assert_same
 from tests.models import assert_same_operation, grids, model_parameters, small
@@ -39,7 +39,7 @@ def test_fusion_in_both_forms(mode, batch, size, out, k, seed):
     previous, skip = rng.standard_normal((2, batch, 8, *size))
     operation = fusion(params, f"fusion.{k}", previous, skip, out, training=mode[1])
     assert_same_operation(
-        operation, module, params, f"fusion.{k}", [previous, skip], rng, call=lambda f, p, s: f(p, out, s), rtol=MODEL
+        operation, module, params, f"fusion.{k}", [previous, skip], rng, call=lambda f, p, s: upsample(f(p, s), out), rtol=MODEL
     )
 
 
@@ -49,7 +49,7 @@ def test_deepest_fusion_in_both_forms(mode, batch, size, out, seed):
     params, module = block(*mode, 3, seed)
     x = rng.standard_normal((batch, 8, *size))
     operation = deepest_fusion(params, "fusion.3", x, out, training=mode[1])
-    assert_same_operation(operation, module, params, "fusion.3", [x], rng, call=lambda f, x: f(x, out), rtol=MODEL)
+    assert_same_operation(operation, module, params, "fusion.3", [x], rng, call=lambda f, x: upsample(f(x), out), rtol=MODEL)
     assert not any("rcu1" in key for key in params)
 
 
@@ -62,7 +62,7 @@ def test_training_reports_the_running_statistics_of_torch(seed):
     deepest_fusion(params, "fusion.3", x, (5, 6), training=True, statistics=statistics)
     module = module.double()
     module.load_state_dict({key.removeprefix("fusion.3."): torch.tensor(v) for key, v in params.items()})
-    module(torch.tensor(x), (5, 6))
+    module(torch.tensor(x))
     expected = {f"fusion.3.{k}": v.numpy() for k, v in module.state_dict().items() if "running" in k}
     assert statistics.keys() == expected.keys()
     for key, value in expected.items():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from accelerated.heads import FARTHEST, DepthHead, SegmentationHead, metric_depth, upsample
+from accelerated.heads import FARTHEST, DepthHead, SegmentationHead, metric_depth, upsample_twice
 from reference.heads import depth_head, segmentation_head, upsample_logits
 from reference.heads import metric_depth as reference_metric_depth
 from tests.equality import LOGIC, MODEL, assert_same
@@ -108,6 +108,6 @@ def test_logits_are_upsampled_by_two_with_aligned_corners(batch, size, seed):
     leaf = torch.tensor(logits, requires_grad=True)
     expected = F.interpolate(leaf, scale_factor=2, mode="bilinear", align_corners=True)
     assert_same(y, expected.detach().numpy())
-    assert_same(y, upsample(leaf).detach().numpy())
+    assert_same(y, upsample_twice(leaf).detach().numpy())
     dy = rng.standard_normal(y.shape)
     assert_same(vjp(dy), torch.autograd.grad(expected, leaf, torch.tensor(dy))[0].numpy())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import reference.losses as plain
 from kernels import host, losses
-from kernels.losses import depth_loss, depth_loss_backward
+from kernels.losses import depth_loss, depth_loss_backward, saved_shapes
 from tests.equality import assert_same
 from tests.maps import VALUES, Batch, batches, distance_to_kinks
 from tests.test_kernels_host import sanitized
@@ -58,6 +58,12 @@ def untouched(inner: np.ndarray, offset: int = 0) -> bool:
     return bool(np.isnan(around).all() or (around == 1).all())
 
 
+def saved_for(prediction: np.ndarray, wide: object) -> tuple[np.ndarray, ...]:
+    """Arrays for what the loss keeps, full of what must not stay there."""
+    shapes = saved_shapes(prediction.shape)
+    return tuple(np.full(shapes[name], 77, np.int32 if name == "counts" else wide) for name in ("residual", "numbers", "counts"))
+
+
 def run(maps: Batch, dtype: np.dtype, rung: int, options: dict, seed: int = 0, offset: int = 0, races: bool = False):
     """Loss and gradient, of dloss = -1.5, of the kernels: arrays in guards, which are found untouched."""
     wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
@@ -67,8 +73,9 @@ def run(maps: Batch, dtype: np.dtype, rung: int, options: dict, seed: int = 0, o
     loss, gradient = guarded(np.full(1, np.nan, wide)), guarded(np.full(prediction.shape, np.nan, dtype), offset)
     before = [array.base.tobytes() for array in (prediction, target, mask)]
     with host.schedule(seed, races):
-        returned, saved = depth_loss(prediction, target, mask, rung=rung, out=loss, **options)
-        assert returned is loss
+        out = loss, *saved_for(prediction, wide)
+        returned, saved = depth_loss(prediction, target, mask, rung=rung, out=out, **options)
+        assert returned is loss and saved[:3] == out[1:]
         assert depth_loss_backward(np.full(1, -1.5, wide), prediction, saved, out=gradient) is gradient
     assert untouched(loss)
     assert untouched(gradient, offset)
@@ -345,6 +352,13 @@ READ_ONLY = np.zeros(1, np.float32)
 READ_ONLY.flags.writeable = False
 
 
+COUNTS = np.zeros((2, 32), np.int32)
+
+
+def outputs(loss: np.ndarray) -> tuple[np.ndarray, ...]:
+    return loss, *saved_for(maps_of(), np.float32)
+
+
 def loss_of(prediction=None, target=None, mask=MASK, **options):
     return depth_loss(maps_of() if prediction is None else prediction, maps_of() if target is None else target, mask, **options)
 
@@ -381,12 +395,26 @@ def loss_of(prediction=None, target=None, mask=MASK, **options):
         (lambda: loss_of(scales=2.0), ValueError, r"scales is 2\.0, expected a whole number"),
         (lambda: loss_of(gradient_weight=math.inf), ValueError, "gradient_weight is inf, expected a finite number"),
         (lambda: loss_of(rung=3), ValueError, "rung is 3, expected a whole number from 1 to 2"),
-        (lambda: loss_of(out=maps_of((2,))), ValueError, r"out has shape \(2,\), expected \(1,\)"),
-        (lambda: loss_of(out=maps_of((1,), np.float16)), TypeError, "out has dtype float16 and target float32"),
-        (lambda: loss_of(out=READ_ONLY), ValueError, "out is read-only"),
-        (lambda: loss_of(SHARED[:24].reshape(2, 3, 4), out=SHARED[23:24]), ValueError, "out overlaps prediction"),
-        (lambda: loss_of(target=SHARED[:24].reshape(2, 3, 4), out=SHARED[:1]), ValueError, "out overlaps target"),
-        (lambda: loss_of(mask=SHARED.view(np.uint8)[:24].reshape(2, 3, 4), out=SHARED[5:6]), ValueError, "out overlaps mask"),
+        (lambda: loss_of(out=outputs(maps_of((2,)))), ValueError, r"loss has shape \(2,\), expected \(1,\)"),
+        (lambda: loss_of(out=outputs(maps_of((1,), np.float16))), TypeError, "loss has dtype .*float16.*, expected float32"),
+        (lambda: loss_of(out=outputs(READ_ONLY)), ValueError, "loss is read-only"),
+        (lambda: loss_of(SHARED[:24].reshape(2, 3, 4), out=outputs(SHARED[23:24])), ValueError, "loss overlaps prediction"),
+        (lambda: loss_of(target=SHARED[:24].reshape(2, 3, 4), out=outputs(SHARED[:1])), ValueError, "loss overlaps target"),
+        (
+            lambda: loss_of(mask=SHARED.view(np.uint8)[:24].reshape(2, 3, 4), out=outputs(SHARED[5:6])),
+            ValueError,
+            "loss overlaps mask",
+        ),
+        (
+            lambda: loss_of(out=(SHARED[:1], SHARED[1:25].reshape(2, 3, 4), SHARED[24:36].reshape(2, 6), COUNTS)),
+            ValueError,
+            "numbers overlaps residual",
+        ),
+        (
+            lambda: loss_of(out=(*outputs(maps_of((1,)))[:3], COUNTS[:1])),
+            ValueError,
+            r"counts has shape \(1, 32\), expected \(2, 32\)",
+        ),
     ],
 )
 def test_kernel_depth_loss_names_what_is_wrong(monkeypatch, call, error, words):

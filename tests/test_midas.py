@@ -16,6 +16,7 @@ import accelerated.configs
 import reference
 import reference.configs
 from accelerated.dpt import from_config
+from accelerated.fusion import upsample
 from accelerated.midas import MiDaS, RectifiedFusion
 from accelerated.predictor import Predictor
 from accelerated.preprocess import network_shape, preprocess
@@ -121,7 +122,9 @@ def test_a_rectified_block_in_both_forms_at_any_size(batch, size, seed):
     out = (2 * size[0] - 1, 2 * size[1])
     operation = rectified_fusion(params, "fusion.1", previous, skip, out)
     module = RectifiedFusion(6)
-    assert_same_operation(operation, module, params, "fusion.1", [previous, skip], rng, call=lambda f, p, s: f(p, out, s))
+    assert_same_operation(
+        operation, module, params, "fusion.1", [previous, skip], rng, call=lambda f, p, s: upsample(f(p, s), out)
+    )
 
 
 # Configurations, weights and words

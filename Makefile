@@ -24,11 +24,11 @@ RUN := runs/demo
 PICTURES := predictions
 
 # Two processes of one thread each.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN) -m pytest tests -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN) -m pytest -n 2 --dist loadgroup
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test explore sanitize test-gpu mutants lint format clean
+.PHONY: help demo test explore sanitize schedules test-gpu mutants lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -61,6 +61,9 @@ sanitize: $(VENV)/installed-tests  ## the compiled twins and their tests under t
 	cd $(SANITIZED) && CC="$(CC) $(SANITIZE)" $(abspath $(BIN)) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN)) -m pytest --quiet -p no:cacheprovider $(SANITIZED_TESTS)
+
+schedules: $(VENV)/installed-tests  ## every rung of every kernel under fifty orders of its threads, and watched for races
+	$(PYTEST) tests/test_kernels_schedules.py --hypothesis-profile=schedules
 
 # By the machine's own Python, in which torch and CuPy match its driver, and without network.
 GPU_PYTHON ?= python3

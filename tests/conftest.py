@@ -23,6 +23,8 @@ settings.register_profile(
 )
 # Different examples each time, many of them; failing ones are kept in .hypothesis and tried first the next time.
 settings.register_profile("explore", parent=settings.get_profile("default"), derandomize=False, max_examples=500)
+# `make schedules`: orders of threads for each rung of a kernel.
+settings.register_profile("schedules", parent=settings.get_profile("default"), max_examples=50)
 settings.load_profile("default")
 
 

@@ -14,6 +14,8 @@ import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+
 OPERATIONS = {
     "attention": "torch.nn.functional.scaled_dot_product_attention",
     "read_project": "sum, GELU and transposition, one after the other",
@@ -32,6 +34,7 @@ NO_CUPY = "kernels on a GPU need CuPy, which is not installed: install the proje
 
 PLACES = ("auto", "host", "cuda", "none")
 
+HAS_CUPY = importlib.util.find_spec("cupy") is not None
 _place = "auto"
 
 
@@ -59,13 +62,15 @@ def use_kernels(place: str) -> Iterator[None]:
 
     "host": tensors on the CPU, by the emulation, which is slow and needs a C++ compiler. "cuda": tensors on a GPU, which needs
     CuPy. "none": torch alone. "auto", as without the block: on a GPU, what measured faster. Raises ValueError for another word,
-    ImportError where CuPy is missing.
+    ImportError where CuPy is missing, RuntimeError where there is no GPU.
     """
     global _place
     if place not in PLACES:
         raise ValueError(f"place is {place!r}: expected one of {', '.join(PLACES)}")
-    if place == "cuda" and not _has_cupy():
+    if place == "cuda" and not HAS_CUPY:
         raise ImportError(NO_CUPY)
+    if place == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("kernels on a GPU need a CUDA device, and torch finds none")
     before, _place = _place, place
     try:
         yield
@@ -76,7 +81,7 @@ def use_kernels(place: str) -> Iterator[None]:
 def by_kernel(operation: str, device: str) -> bool:
     """Whether `operation` on tensors of this type of device is computed by its kernel."""
     if _place == "auto":
-        return device == "cuda" and operation in FASTER and _has_cupy()
+        return device == "cuda" and operation in FASTER and HAS_CUPY
     return (_place, device) in (("host", "cpu"), ("cuda", "cuda"))
 
 
@@ -97,8 +102,4 @@ def _reason(operation: str, device: str) -> str:
         return f"emulated kernels are slow {composed}"
     if operation not in FASTER:
         return f"the kernel has not measured faster on a GPU {composed}"
-    return FASTER[operation] if _has_cupy() else f"CuPy is not installed {composed}"
-
-
-def _has_cupy() -> bool:
-    return importlib.util.find_spec("cupy") is not None
+    return FASTER[operation] if HAS_CUPY else f"CuPy is not installed {composed}"

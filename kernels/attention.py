@@ -31,10 +31,18 @@ from kernels.launch import (
 from kernels.source import Source
 
 DEPTHS = (64, 128)  # those that the kernels are compiled for: a smaller depth runs in the next larger one
-TILED = tuple(f"{name}_tiled<{{}}, {depth}>" for name in ("attend", "attend_dq", "attend_dkv") for depth in DEPTHS)
-TENSOR = tuple(f"{name}_tensor<{{}}, {depth}>" for name in ("attend", "attend_dq", "attend_dkv") for depth in DEPTHS)
-NAIVE = ("attend_naive<{}>", "attend_dq_naive<{}>", "attend_dkv_naive<{}>")
-SOURCE = Source("attention.cu", (*NAIVE, "attend_delta<{}>", *TILED, *TENSOR), half=TENSOR)
+
+
+def _source(file: str, kernels: tuple[str, ...], others: tuple[str, ...] = ()) -> Source:
+    """The rungs of these kernels, and what they all need."""
+    naive = tuple(f"{name}_naive<{{}}>" for name in kernels)
+    tiled = tuple(f"{name}_tiled<{{}}, {depth}>" for name in kernels for depth in DEPTHS)
+    tensor = tuple(f"{name}_tensor<{{}}, {depth}>" for name in kernels for depth in DEPTHS)
+    return Source(file, (*naive, *others, *tiled, *tensor), half=tensor)
+
+
+SOURCE = _source("attention.cu", ("attend",))
+BACKWARD = _source("attention_backward.cu", ("attend_dq", "attend_dkv"), ("attend_delta<{}>",))
 
 THREADS = 128
 
@@ -101,12 +109,12 @@ def attend_backward(
     dq, dk, dv = gradients
     delta = new(q.shape[:-1], accumulator(q), q)
     rows, depth, wide = np.int32(lse.size), np.int32(q.shape[-1]), np.int32(_wide(out, dout))
-    launch_each(SOURCE, "attend_delta<{}>", 8 * lse.size, (out, dout, delta, rows, depth, wide), THREADS)
+    launch_each(BACKWARD, "attend_delta<{}>", 8 * lse.size, (out, dout, delta, rows, depth, wide), THREADS)
     arguments = (q, k, v, dout, lse, delta)
     if chosen == 1:
-        launch_each(SOURCE, "attend_dq_naive<{}>", lse.size, (*arguments, dq, rows, *_sizes(q, k)), THREADS)
+        launch_each(BACKWARD, "attend_dq_naive<{}>", lse.size, (*arguments, dq, rows, *_sizes(q, k)), THREADS)
         rows = np.int32(math.prod(k.shape[:-1]))
-        launch_each(SOURCE, "attend_dkv_naive<{}>", int(rows), (*arguments, dk, dv, rows, *_sizes(q, k)), THREADS)
+        launch_each(BACKWARD, "attend_dkv_naive<{}>", int(rows), (*arguments, dk, dv, rows, *_sizes(q, k)), THREADS)
     else:
         aligned = _wide(q, k, v, dout)
         _launch_blocks("attend_dq", chosen, q.shape, q, k, (*arguments, dq), aligned and _wide(dq))
@@ -181,4 +189,5 @@ def _launch_blocks(
         shared = (kept + 4 * tile) * row_bytes  # tiles of keys and of values, each twice
         template = f"{name}_tensor<{{}}, {depth}>"
     blocks = shape[0] * shape[1] * -(-shape[2] // rows)
-    launch(SOURCE, template, (blocks, 1, 1), (THREADS, 1, 1), (*arguments, *_sizes(q, k), np.int32(wide)), shared)
+    source = SOURCE if name == "attend" else BACKWARD
+    launch(source, template, (blocks, 1, 1), (THREADS, 1, 1), (*arguments, *_sizes(q, k), np.int32(wide)), shared)

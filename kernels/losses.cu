@@ -17,6 +17,7 @@
 //
 // Rung 1 (naive): one block an image; medians and the trimming by bisection over the bits of a key.
 // Rung 2: many blocks an image; selection by digits of 11 bits; the sums of the gradient are taken along with the loss.
+#include "chunks.cuh"
 #include "depth_residual.cuh"
 #include "selection.cuh"
 
@@ -26,20 +27,6 @@
 // counted is added by the first of them, in order. The number of rank r is found from the highest bit of its key down: a bit is 1
 // if the keys below that 1 are no more than r. That reads the image once a bit, 96 times for both medians and the trimming
 // of float32, and leaves all but a few of a GPU's multiprocessors without work.
-
-template <typename N>
-__device__ N sum_in_order(N value) {
-    __shared__ N parts[1024];
-    parts[threadIdx.x] = value;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (unsigned thread = 1; thread < blockDim.x; ++thread) parts[0] += parts[thread];
-    }
-    __syncthreads();
-    const N sum = parts[0];
-    __syncthreads();  // before `parts` is written again
-    return sum;
-}
 
 // The key of rank `rank`; valid(i) says whether pixel i counts, key(i) is its key, of so many bits.
 template <typename Key, typename Valid, typename KeyOf>
@@ -143,49 +130,6 @@ __global__ void depth_loss_naive(const T* __restrict__ prediction, const Accumul
     if (thread == 0) parts[0] = loss, parts[1] = 0;
 }
 
-// The gradient: that in R, divided by s; then what flows through s and t, which are functions of all valid pixels. One block an
-// image, which computes the gradient in R twice: for the sums, and for the result.
-template <typename T>
-__global__ void depth_loss_backward_naive(const T* __restrict__ prediction, const Accumulator<T>* __restrict__ residual,
-                                          const Accumulator<T>* __restrict__ numbers, const int* __restrict__ counts,
-                                          const Accumulator<T>* __restrict__ dloss, T* __restrict__ dprediction, int images,
-                                          int height, int width, int scales, double weight) {
-    using A = Accumulator<T>;
-    __shared__ A shares[COUNTS];
-    const int pixels = height * width, thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    const long long offset = static_cast<long long>(blockIdx.x) * pixels;
-    prediction += offset, residual += offset, dprediction += offset;
-    numbers += blockIdx.x * NUMBERS, counts += blockIdx.x * COUNTS;
-    set_shares(shares, counts, scales, weight);
-
-    const A each = *dloss / static_cast<A>(images), s = clamped(numbers[DEVIATION]);
-    const A count = static_cast<A>(max(counts[VALID], 1));
-    const auto direct = [&](int i) {
-        const bool kept = is_kept(residual[i], i, numbers[THRESHOLD], counts[LIMIT]);
-        const A dr = residual_gradient(residual, i % width, i / width, height, width, kept, 1 / (2 * count), shares, scales);
-        return is_valid(residual[i]) ? each * dr / s : 0;
-    };
-    A dt = 0, ds = 0;
-    int balance = 0;
-    for (int i = thread; i < pixels; i += threads) {
-        if (!is_valid(residual[i])) continue;
-        const A centred = static_cast<A>(prediction[i]) - numbers[MEDIAN];
-        dt -= direct(i);
-        ds -= direct(i) * (centred / s);
-        balance += sign(centred);
-    }
-    dt = sum_in_order(dt);
-    ds = sum_in_order(ds);
-    balance = sum_in_order(balance);
-    const A through_s = numbers[DEVIATION] < A(1e-6) ? 0 : ds / count;
-    for (int i = thread; i < pixels; i += threads) {
-        A dd = 0;
-        if (is_valid(residual[i])) dd = direct(i) + sign(static_cast<A>(prediction[i]) - numbers[MEDIAN]) * through_s;
-        if (i == pixels - counts[FIRST]) dd += dt - static_cast<A>(balance) * through_s;
-        dprediction[i] = static_cast<T>(dd);
-    }
-}
-
 // ---- Rung 2 -----------------------------------------------------------------------------------------------------------------
 //
 // An image is cut into chunks, a block each, so that a single image keeps many multiprocessors busy, and what all blocks of an
@@ -203,44 +147,6 @@ __global__ void depth_loss_backward_naive(const T* __restrict__ prediction, cons
 // medians and twice for R, and R three times more (five where the trimming cuts through equal values). A chunk's counts are
 // collected in shared memory, where to add 1 is an instruction of its own, and only bins that are not empty go on to global
 // memory.
-//
-// The gradient needs two sums over all dR_i: of dR_i itself and of dR_i (d_i - t). The two ends of a difference have opposite
-// gradients, which leaves of the first sum the signs of the kept pixels, and of the second sign(dR) dd for each difference: both
-// come with the loss. So the backward pass reads R and the prediction, and writes, once.
-
-struct Chunk {
-    int image, index;
-    unsigned begin, end;  // its pixels
-};
-
-__device__ inline Chunk this_chunk(int pixels, int chunk, int chunks) {
-    const int image = static_cast<int>(blockIdx.x) / chunks, index = static_cast<int>(blockIdx.x) % chunks;
-    const unsigned begin = static_cast<unsigned>(index) * chunk, last = static_cast<unsigned>(pixels);
-    return {image, index, begin, min(begin + chunk, last)};
-}
-
-// Four neighbours, read or written at once (a double by two) where `whole` says that they are aligned and all there.
-template <typename T>
-struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
-    T at[4];
-};
-
-template <typename T>
-__device__ Four<T> read_four(const T* from, unsigned i, unsigned end, int whole) {
-    if (whole) return *reinterpret_cast<const Four<T>*>(from + i);
-    Four<T> four;
-    for (unsigned k = 0; k < 4; ++k) four.at[k] = from[min(i + k, end - 1)];
-    return four;
-}
-
-template <typename T>
-__device__ void write_four(T* to, unsigned i, unsigned end, int whole, const Four<T>& four) {
-    if (whole) {
-        *reinterpret_cast<Four<T>*>(to + i) = four;
-    } else {
-        for (unsigned k = 0; k < 4 && i + k < end; ++k) to[i + k] = four.at[k];
-    }
-}
 
 // The selections of both medians of an image; each has the digits of Accumulator<T>, of which the prediction may need fewer.
 template <typename T>
@@ -546,42 +452,4 @@ __global__ void depth_mean(const Accumulator<T>* __restrict__ parts, Accumulator
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) *loss = sum / static_cast<A>(images);
-}
-
-template <typename T>
-__global__ void __launch_bounds__(512, 2)
-    depth_loss_backward(const T* __restrict__ prediction, const Accumulator<T>* __restrict__ residual,
-                        const Accumulator<T>* __restrict__ numbers, const int* __restrict__ counts,
-                        const Accumulator<T>* __restrict__ dloss, T* __restrict__ dprediction, int images, int height, int width,
-                        int chunk, int chunks, int scales, double weight) {
-    using A = Accumulator<T>;
-    __shared__ A shares[COUNTS];
-    const Chunk here = this_chunk(height * width, chunk, chunks);
-    const long long offset = static_cast<long long>(here.image) * height * width;
-    prediction += offset, residual += offset, dprediction += offset;
-    numbers += here.image * NUMBERS, counts += here.image * COUNTS;
-    set_shares(shares, counts, scales, weight);
-
-    const A mean = numbers[DEVIATION], median = numbers[MEDIAN], threshold = numbers[THRESHOLD];
-    const A valid = static_cast<A>(max(counts[VALID], 1)), trimmed_share = 1 / (2 * valid);
-    const A through_r = *dloss / static_cast<A>(images) / clamped(mean);  // dd per unit of dR
-    const A through_s = mean < A(1e-6) ? 0 : -through_r * numbers[PULL] / clamped(mean) / valid;
-    const A through_t = -through_r * static_cast<A>(counts[SIGNS]) * trimmed_share - static_cast<A>(counts[BALANCE]) * through_s;
-    const int limit = counts[LIMIT], first = height * width - counts[FIRST];
-
-    const int down = static_cast<int>(blockDim.x) / width, right = static_cast<int>(blockDim.x) % width;
-    unsigned i = here.begin + threadIdx.x;
-    for (int y = static_cast<int>(i / width), x = static_cast<int>(i % width); i < here.end; i += blockDim.x) {
-        const A r = residual[i];
-        A dd = 0;
-        if (is_valid(r)) {
-            const bool kept = is_kept(r, static_cast<int>(i), threshold, limit);
-            dd = through_r * residual_gradient(residual, x, y, height, width, kept, trimmed_share, shares, scales);
-            dd += sign(static_cast<A>(prediction[i]) - median) * through_s;
-            if (static_cast<int>(i) == first) dd += through_t;
-        }
-        dprediction[i] = static_cast<T>(dd);
-        x += right, y += down;
-        if (x >= width) x -= width, ++y;
-    }
 }

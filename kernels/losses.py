@@ -17,23 +17,9 @@ from kernels.ladder import accumulator, check_rung
 from kernels.launch import Array, address, check, check_apart, check_array, check_output, check_written, launch, new, place
 from kernels.source import Source
 
-SOURCE = Source(
-    "losses.cu",
-    tuple(
-        f"depth_{name}<{{}}>"
-        for name in (
-            "loss_naive",
-            "loss_backward_naive",
-            "median",
-            "deviation",
-            "residual",
-            "threshold",
-            "terms",
-            "mean",
-            "loss_backward",
-        )
-    ),
-)
+FORWARD = ("loss_naive", "median", "deviation", "residual", "threshold", "terms", "mean")
+SOURCE = Source("losses.cu", tuple(f"depth_{name}<{{}}>" for name in FORWARD))
+BACKWARD = Source("losses_backward.cu", ("depth_loss_backward_naive<{}>", "depth_loss_backward<{}>"))
 
 THREADS = 512  # of a block: a power of two
 LARGE_CHUNK, SMALL_CHUNK = 8192, 2048  # pixels of a block: multiples of 4
@@ -182,7 +168,7 @@ def depth_loss_backward(dloss: Array, prediction: Array, saved: DepthSaved, out:
     shape = np.int32(images), np.int32(height), np.int32(width)
     arguments = (prediction, residual, numbers, counts, dloss, out, *shape, *cut, np.int32(scales), np.float64(gradient_weight))
     name, blocks = ("depth_loss_backward_naive<{}>", images) if rung == 1 else ("depth_loss_backward<{}>", images * chunks)
-    launch(SOURCE, name, (blocks, 1, 1), (THREADS, 1, 1), arguments)
+    launch(BACKWARD, name, (blocks, 1, 1), (THREADS, 1, 1), arguments)
     return out
 
 

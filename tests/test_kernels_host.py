@@ -19,7 +19,11 @@ PLANTED = Source(
     str(Path(__file__).parent / "planted" / "planted.cu"),
     (
         *(f"{name}<{{}}, {mistake}>" for name in ("block_sum", "divergent") for mistake in (0, 1)),
-        *(f"{name}<{{}}, {mistake}>" for name in ("reverse_warp", "accumulate", "warp_sum", "shift") for mistake in (0, 1, 2)),
+        *(
+            f"{name}<{{}}, {mistake}>"
+            for name in ("reverse_warp", "accumulate", "warp_sum", "same_in_warp", "shift")
+            for mistake in (0, 1, 2)
+        ),
         "unwritten<{}>",
         "warp_functions<{}>",
     ),
@@ -91,15 +95,19 @@ def test_kernel_that_loses_updates_is_right_without_the_watch():
     [
         ("warp_sum", 1, r"calls __shfl_xor_sync for the value of lane \d+, which is not in its mask"),
         ("warp_sum", 2, r"waits at __shfl_xor_sync with mask 0xffffffff for lane 31, which has ended"),
+        ("same_in_warp", 1, r"calls __match_any_sync with mask 0xffffffdf, which leaves itself out"),
+        ("same_in_warp", 2, r"waits at __match_any_sync with mask 0xffffffff for lane \d+, which waits at __syncthreads"),
         ("divergent", 1, r"waits at __shfl_sync with mask 0xffffffff for lane \d+, which waits at __syncthreads"),
     ],
 )
 def test_kernel_that_misuses_its_warp_is_told(name, mistake, words, seed):
+    x = X[:32] % 5
+    right = {"warp_sum": x.sum(), "divergent": x, "same_in_warp": (x[:, None] == x).sum(1)}[name]
     out = np.zeros(32, np.float32)
-    np.testing.assert_array_equal(run(name, 0, X[:32], out, threads=32), X[:32].sum() if name == "warp_sum" else X[:32])
+    np.testing.assert_array_equal(run(name, 0, x, out, threads=32), right)
     with host.schedule(seed), pytest.raises(RuntimeError, match=rf"{name}<float32, {mistake}>, seed {seed}: thread \(.* {words}"):
-        run(name, mistake, X[:32], out, threads=32)
-    np.testing.assert_array_equal(run(name, 0, X[:32], out, threads=32), X[:32].sum() if name == "warp_sum" else X[:32])
+        run(name, mistake, x, out, threads=32)
+    np.testing.assert_array_equal(run(name, 0, x, out, threads=32), right)
 
 
 def test_kernel_shared_memory_is_nan_until_it_is_written():

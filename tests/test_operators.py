@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +230,13 @@ def test_operator_has_the_gradient_of_finite_differences(name):
     assert torch.autograd.gradcheck(differentiable, arguments, eps=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["attention", "depth_loss", "cross_entropy", "least_squares"])
+def test_what_an_operator_keeps_for_its_gradient_has_none(name):
+    results = getattr(DPT_OPERATORS, name)(*examples(torch.float64)[name])
+    differentiable = {"least_squares": 2}.get(name, 1)
+    assert [result.requires_grad for result in results] == [k < differentiable for k in range(len(results))]
+
+
 def test_operators_take_tensors_that_are_not_contiguous():
     q = drawn(0, 2, 9, 3, 8).transpose(1, 2)
     expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
@@ -328,7 +334,7 @@ def test_model_and_loss_compile_into_one_graph(task):
             compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
     assert len(called) == 8
     for ours, theirs in zip(compiled, eager, strict=True):
-        assert_same(ours.detach().numpy(), theirs.detach().numpy(), scale=float(theirs.abs().max()) + 1e-3)
+        assert_same(ours.detach().numpy(), theirs.detach().numpy(), scale=float(theirs.detach().abs().max()) + 1e-3)
 
 
 def test_a_compiled_model_follows_the_switch():
@@ -368,10 +374,14 @@ def test_the_switch_names_what_it_does_not_know():
         pytest.fail("entered")
 
 
-def test_without_cupy_the_gpu_is_left_to_torch_and_asking_for_kernels_says_why(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "cupy" else found(name, *rest))
+def test_without_cupy_or_a_gpu_all_is_left_to_torch_and_asking_for_kernels_says_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernel_paths, "HAS_CUPY", True)
+    with pytest.raises(RuntimeError, match="kernels on a GPU need a CUDA device, and torch"), accelerated.use_kernels("cuda"):
+        pytest.fail("entered")
     monkeypatch.setattr(kernel_paths, "FASTER", {"attention": "1.5 times torch"})
+    assert kernel_paths.by_kernel("attention", "cuda") and not kernel_paths.by_kernel("attention", "cpu")
+    monkeypatch.setattr(kernel_paths, "HAS_CUPY", False)
     assert not kernel_paths.by_kernel("attention", "cuda")
     assert "CuPy is not installed" in str(accelerated.kernel_report())
     with pytest.raises(ImportError, match="kernels on a GPU need CuPy, which is not installed"), accelerated.use_kernels("cuda"):
@@ -379,7 +389,7 @@ def test_without_cupy_the_gpu_is_left_to_torch_and_asking_for_kernels_says_why(m
 
 
 def test_the_report_says_what_is_taken_and_why(monkeypatch):
-    pytest.importorskip("cupy", reason="CuPy is not installed")
+    monkeypatch.setattr(kernel_paths, "HAS_CUPY", True)
     report = accelerated.kernel_report()
     assert [path.operation for path in report if path.device == "cpu"] == list(kernel_paths.OPERATIONS)
     assert {path.by for path in report if path.device == "cpu"} == {"torch"}

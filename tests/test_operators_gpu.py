@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import accelerated
-from accelerated import losses
+from accelerated import kernel_paths, losses
 from accelerated.dpt import DPT
 from tests.models import small
 from tests.test_operators import DPT_OPERATORS, examples
@@ -176,7 +176,9 @@ def test_a_kernel_that_is_not_loaded_is_refused_within_a_capture():
     run("upsample_add", arguments)
 
 
-def test_a_model_and_its_loss_compile_into_one_graph_on_the_gpu():
+@pytest.mark.parametrize("place", ["cuda", "auto"])
+def test_a_model_and_its_loss_compile_into_one_graph_on_the_gpu(monkeypatch, place):
+    monkeypatch.setattr(kernel_paths, "FASTER", dict.fromkeys(kernel_paths.OPERATIONS, "for this test"))
     model = DPT(small("dpt_base")).cuda().train()
     image = torch.randn(2, 3, 64, 96, device="cuda")
     target, mask = torch.rand(2, 64, 96, device="cuda"), torch.rand(2, 64, 96, device="cuda") > 0.2
@@ -185,7 +187,7 @@ def test_a_model_and_its_loss_compile_into_one_graph_on_the_gpu():
         return losses.depth_loss(model(image), target, mask)
 
     torch._dynamo.reset()
-    with accelerated.use_kernels("cuda"):
+    with accelerated.use_kernels(place):
         eager, compiled = loss(image), torch.compile(loss, fullgraph=True)(image)
         ours, theirs = (torch.autograd.grad(value, list(model.parameters())) for value in (compiled, eager))
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)

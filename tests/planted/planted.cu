@@ -61,6 +61,19 @@ __global__ void divergent(const T* x, T* out, int n) {
     out[thread] = static_cast<T>(value);
 }
 
+// How many lanes of the warp hold the same number. MISTAKE 1: a lane whose mask leaves it out. MISTAKE 2: half of them do not come.
+template <typename T, int MISTAKE>
+__global__ void same_in_warp(const T* x, T* out, int n) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const unsigned mask = MISTAKE == 1 && thread == 5 ? 0xffffffdfu : 0xffffffffu;
+    unsigned same = 0;
+    if (MISTAKE != 2 || thread % 2 == 0) same = __match_any_sync(mask, static_cast<int>(static_cast<float>(x[thread % n])));
+    __syncthreads();
+    int lanes = 0;
+    for (int lane = 0; lane < 32; ++lane) lanes += static_cast<int>(same >> lane & 1u);
+    out[thread] = static_cast<T>(static_cast<float>(lanes));
+}
+
 // out = x shifted by one. MISTAKE 1: reads one before the first. MISTAKE 2: writes one past the last.
 template <typename T, int MISTAKE>
 __global__ void shift(const T* x, T* out, int n) {

@@ -28,7 +28,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN) -m p
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test explore sanitize schedules test-gpu mutants lint format clean
+.PHONY: help demo test explore sanitize schedules kills test-gpu mutants lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -64,6 +64,9 @@ sanitize: $(VENV)/installed-tests  ## the compiled twins and their tests under t
 
 schedules: $(VENV)/installed-tests  ## every rung of every kernel under fifty orders of its threads, and watched for races
 	$(PYTEST) tests/test_kernels_schedules.py --hypothesis-profile=schedules
+
+kills: $(VENV)/installed-tests  ## a training killed at twenty random moments, which must end with the same bits
+	KILLS=20 $(PYTEST) tests/test_resume.py -k killed
 
 # By the machine's own Python, in which torch and CuPy match its driver, and without network.
 GPU_PYTHON ?= python3

@@ -10,6 +10,7 @@ import bisect
 import copy
 import itertools
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ from accelerated.panels import learning_curve
 from accelerated.progress import TrainingProgress
 from accelerated.recipe import Recipe, RecipeError
 from accelerated.run_folder import Log, RunError, RunFolder
+from accelerated.signals import StopSignal
+from accelerated.snapshots import Snapshot
 from accelerated.tasks import TASKS, Task
 
 PANELS = 6  # held-out scenes drawn: the first ones
@@ -52,25 +55,40 @@ class Run(NamedTuple):
     folder: RunFolder
 
 
-def train(recipe: Recipe, folder: RunFolder, cache: Path, threads: int) -> dict[str, Any]:
+class Stopped(RunError):
+    """A run that was told to stop, and has saved what it needs to go on."""
+
+    def __init__(self, step: int, steps: int, by: signal.Signals) -> None:
+        super().__init__(f"stopped after step {step} of {steps} by {by.name}, all saved: the same command goes on from there")
+        self.status = 128 + by
+
+
+def train(
+    recipe: Recipe, folder: RunFolder, cache: Path, threads: int, resume: bool = True, snapshot_seconds: float = math.inf
+) -> dict[str, Any]:
     """Carry out `recipe` and return its results, which `folder` then holds with everything else.
 
-    `cache` is the folder of the rendered scenes, `threads` as in `choose_device`. Raises RecipeError for a recipe that cannot be
-    carried out, RunError where the loss or its gradient is not finite (the folder keeps the weights from before that step),
-    OSError for files that cannot be written.
+    `cache` is the folder of the rendered scenes, `threads` as in `choose_device`. `resume`: go on from the newest whole snapshot
+    of exactly this recipe, if the folder has one; on the CPU that ends with the same bits as a run that nothing interrupted. A
+    snapshot is taken every `snapshot_seconds`, after the last step, and where SIGTERM or SIGINT ask to stop, by `Stopped`.
+
+    Raises RecipeError for a recipe that cannot be carried out, RunError where the loss or its gradient is not finite (the folder
+    keeps the weights from before that step), OSError for files that cannot be written.
     """
     keep_freed_memory()
     run = Run(recipe, TASKS[recipe.task](recipe), choose_device(threads), folder)
     torch.manual_seed(recipe.seed)
     model = build_model(run)
-    folder.start(recipe)
+    snapshot = folder.snapshots.newest(lambda words: print(f"warning: {words}")) if resume and folder.holds(recipe) else None
+    if snapshot is None:
+        folder.start(recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{recipe.task}: {recipe.model}, {parameters / 1e6:.1f} M parameters; {run.device.words}; into {folder.path}", flush=True
     )
 
     training, validation, held_out = load_splits(run, cache)
-    average, rows = optimize(run, model, training, validation)
+    average, rows = optimize(run, model, training, validation, snapshot, snapshot_seconds)
 
     exactly = run._replace(device=run.device._replace(dtype=torch.float32))
     prediction = predict(exactly, average, held_out.image)
@@ -81,21 +99,67 @@ def train(recipe: Recipe, folder: RunFolder, cache: Path, threads: int) -> dict[
     folder.save_figure(folder.curve, learning_curve(rows, comparison.metric, comparison.others))
     results = {**comparison.as_dict(), "parameters": parameters, "device": run.device.words, "torch": torch.__version__}
     folder.write_results(results)
+    folder.snapshots.clear()
     return results
 
 
-def optimize(run: Run, model: DPT, training: Scenes, validation: Scenes) -> tuple[DPT, list[dict[str, float]]]:
-    """Take the recipe's steps; return the running average of the weights, saved at every validation, and the log's rows."""
+def optimize(
+    run: Run,
+    model: DPT,
+    training: Scenes,
+    validation: Scenes,
+    snapshot: Snapshot | None = None,
+    snapshot_seconds: float = math.inf,
+) -> tuple[DPT, list[dict[str, float]]]:
+    """Take the recipe's steps, those after `snapshot` if there is one; snapshots are taken as `train` says.
+
+    Returns the running average of the weights, saved at every validation, and the log's rows.
+    """
     recipe, task = run.recipe, run.task
     optimizer = make_optimizer(model, recipe)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
     average = copy.deepcopy(model).requires_grad_(False)
     averaged, current = list(average.state_dict().values()), list(model.state_dict().values())
     generator = torch.Generator().manual_seed(recipe.seed)
+    order = Order(len(training.image), recipe.batch_size, generator)
     losses: list[float] = []
-    started = last = time.monotonic()
-    with Log(run.folder) as log, TrainingProgress(recipe.steps, task.metric) as progress:
-        for step, indices in enumerate(batches(len(training.image), recipe, generator), start=1):
+    rows: list[dict[str, float]] = []
+    begun, seconds = 0, 0.0
+    if snapshot is not None:
+        begun, state = snapshot
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch"])
+        order.queue, losses, rows, seconds = state["queue"], state["losses"], state["rows"], state["seconds"]
+        print(f"going on after step {begun} of {recipe.steps}", flush=True)
+
+    def save(step: int) -> None:
+        state = {
+            "model": model.state_dict(),
+            "average": average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "generator": generator.get_state(),
+            "torch": torch.get_rng_state(),
+            "queue": order.queue,
+            "losses": losses,
+            "rows": log.rows,
+            "seconds": time.monotonic() - started,
+        }
+        run.folder.snapshots.save(step, state)
+
+    last = saved = time.monotonic()
+    started = last - seconds
+    with (
+        Log(run.folder, rows, begun) as log,
+        TrainingProgress(recipe.steps, task.metric, begun) as progress,
+        StopSignal() as stop,
+    ):
+        for step in range(begun + 1, recipe.steps + 1):
+            indices = next(order)
             crop = crop_at(step - 1, recipe)
             image, target = augmented(training, indices, crop, model, recipe, generator)
             with run.device.autocast():
@@ -128,6 +192,12 @@ def optimize(run: Run, model: DPT, training: Scenes, validation: Scenes) -> tupl
                 log.row(step, now - started, mean_loss, score, images_per_second, backbone_rate, decoder_rate)
                 progress.update(step, mean_loss, score, images_per_second)
                 losses, last = [], time.monotonic()
+
+            if stop.received or step == recipe.steps or time.monotonic() - saved >= snapshot_seconds:
+                save(step)
+                saved = time.monotonic()
+                if stop.received:
+                    raise Stopped(step, recipe.steps, stop.received)
     return average, log.rows
 
 
@@ -189,14 +259,21 @@ def move_average(averaged: list[Tensor], current: list[Tensor], step: int, decay
     torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + step) / (10 + step)))
 
 
-def batches(count: int, recipe: Recipe, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield the indices (batch_size,) of every step's scenes: each pass over the `count` scenes in an order of its own."""
-    queue = torch.empty(0, dtype=torch.long)
-    for _ in range(recipe.steps):
-        while len(queue) < recipe.batch_size:
-            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
-        yield queue[: recipe.batch_size]
-        queue = queue[recipe.batch_size :]
+class Order(Iterator[Tensor]):
+    """Yields the indices (batch_size,) of a step's scenes, without end: each pass over `count` scenes in an order of its own.
+
+    What it yields next depends on `queue`, the rest of the passes drawn so far, and on the generator alone.
+    """
+
+    def __init__(self, count: int, batch_size: int, generator: torch.Generator) -> None:
+        self.count, self.batch_size, self.generator = count, batch_size, generator
+        self.queue = torch.empty(0, dtype=torch.long)
+
+    def __next__(self) -> Tensor:
+        while len(self.queue) < self.batch_size:
+            self.queue = torch.cat([self.queue, torch.randperm(self.count, generator=self.generator)])
+        chosen, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :].clone()
+        return chosen
 
 
 def crop_at(step: int, recipe: Recipe) -> int:

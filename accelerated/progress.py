@@ -18,8 +18,9 @@ class TrainingProgress:
     The time left extrapolates from the steps made so far, validations included.
     """
 
-    def __init__(self, steps: int, metric: str) -> None:
-        self.steps, self.metric = steps, metric
+    def __init__(self, steps: int, metric: str, begun: int = 0) -> None:
+        """`begun`: steps that an earlier process has made."""
+        self.steps, self.metric, self.begun = steps, metric, begun
         self.console = Console()
         self.started = self.last_line = time.monotonic()
         self.score = ""
@@ -39,7 +40,7 @@ class TrainingProgress:
     def update(self, step: int, loss: float, validation: float, images_per_second: float) -> None:
         """Report after `step` of the steps; `validation` is NaN where it was not measured."""
         now = time.monotonic()
-        left = (now - self.started) / step * (self.steps - step)
+        left = (now - self.started) / (step - self.begun) * (self.steps - step)
         if not math.isnan(validation):
             self.score = f"  {self.metric} {validation:.4f}"
         minutes, seconds = divmod(round(left), 60)

@@ -147,6 +147,10 @@ class CommandLine(Recipe, BaseSettings):
     cache: Path = Field(Path("cache/scenes"), description="folder that keeps the rendered scenes")
     threads: int = Field(0, ge=0, description="CPU threads that train; 0: one per core this process may use")
     overwrite: bool = Field(False, description="train although the run's folder holds a finished run, or another recipe's")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the newest whole snapshot of an unfinished run of this recipe; never: begin anew"
+    )
+    snapshot_seconds: float = Field(120, ge=0, description="seconds between two snapshots; 0: one after every step")
 
     @classmethod
     def settings_customise_sources(

@@ -5,6 +5,7 @@
 - metrics.csv: one row per report: step, seconds, loss, validation, images_per_second and both learning rates
 - events.out.tfevents.*: the same for TensorBoard
 - learning_curve.png, panels.png
+- snapshots/: the newest two states from which an unfinished run goes on
 - results.json: the comparison; written last, so a folder that has it holds a finished run
 """
 
@@ -14,7 +15,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ import yaml
 
 import accelerated
 from accelerated.recipe import Recipe, RecipeError
+from accelerated.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +50,7 @@ class RunFolder:
         self.results = path / "results.json"
         self.curve = path / "learning_curve.png"
         self.panels = path / "panels.png"
+        self.snapshots = Snapshots(path / "snapshots")
 
     def holds(self, recipe: Recipe) -> bool:
         """Return whether a run of exactly this recipe is here, finished or not."""
@@ -79,6 +82,7 @@ class RunFolder:
         own = (self.results, self.weights, self.recipe, self.metrics, self.curve, self.panels)
         for file in (*own, *self.path.glob("events.out.tfevents.*")):
             file.unlink(missing_ok=True)
+        self.snapshots.clear()
         content = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         self.replace(self.recipe, lambda path: path.write_text(content, encoding="utf-8"))
 
@@ -108,14 +112,17 @@ class RunFolder:
 class Log:
     """Writes rows of numbers to metrics.csv and TensorBoard as they come, and keeps them."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, rows: Sequence[dict[str, float]] = (), begun: int = 0) -> None:
+        """`rows`: those of the `begun` steps that an interrupted run had made; what it wrote after them is dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.rows: list[dict[str, float]] = []
         self.file = folder.metrics.open("w", newline="", encoding="utf-8")
         self.csv = csv.DictWriter(self.file, COLUMNS)
         self.csv.writeheader()
-        self.tensorboard = SummaryWriter(str(folder.path))
+        for row in rows:
+            self._write(row)
+        self.tensorboard = SummaryWriter(str(folder.path), purge_step=begun + 1 if begun else None)
 
     def __enter__(self) -> Log:
         return self
@@ -127,9 +134,12 @@ class Log:
     def row(self, *row: float) -> None:
         """Add one row of COLUMNS; `validation` is NaN where it was not measured."""
         values = dict(zip(COLUMNS, row, strict=True))
-        self.rows.append(values)
-        self.csv.writerow({key: "" if math.isnan(value) else f"{value:.6g}" for key, value in values.items()})
-        self.file.flush()
+        self._write(values)
         for key in COLUMNS[2:]:
             if not math.isnan(values[key]):
                 self.tensorboard.add_scalar(key, values[key], int(values["step"]))
+
+    def _write(self, values: dict[str, float]) -> None:
+        self.rows.append(values)
+        self.csv.writerow({key: "" if math.isnan(value) else f"{value:.6g}" for key, value in values.items()})
+        self.file.flush()

@@ -4,7 +4,8 @@
 `accelerated.run_folder`, what it does in `accelerated.engine`.
 
 Exit status: 0 when the run is finished and kept the recipe's promises, 3 when it is finished and did not, 2 for a command line
-or recipe that cannot be used, 1 for a run that could not go on, 130 when interrupted.
+or recipe that cannot be used, 1 for a run that could not go on, 130 when interrupted, 143 when terminated: the same command then
+goes on where the run was.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         return _complain(error, 2)
     except (RunError, OSError, ImportError) as error:
-        return _complain(error, 1)
+        return _complain(error, getattr(error, "status", 1))
     except KeyboardInterrupt:
-        return _complain("interrupted: the run is not finished, the same command begins it anew", 130)
+        return _complain("interrupted: the run is not finished, the same command goes on with it", 130)
 
 
 def run(command: CommandLine, started: float) -> int:
@@ -40,7 +41,8 @@ def run(command: CommandLine, started: float) -> int:
             folder.refuse_another(recipe)
         from accelerated.engine import train  # torch takes seconds to import, which --help or a wrong key should not cost
 
-        results = train(recipe, folder, command.cache, command.threads)
+        resume = command.resume == "auto" and not command.overwrite
+        results = train(recipe, folder, command.cache, command.threads, resume, command.snapshot_seconds)
         print(f"finished in {(time.monotonic() - started) / 60:.1f} minutes, rendering included: {folder.path}")
     else:
         print(f"{folder.path} holds a finished run of this recipe, which is not repeated (--overwrite true would)")

@@ -152,6 +152,20 @@ def test_metrics_and_alignment_through_kernels_are_torchs():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_singular_alignment_has_no_gradient():
+    """One image is constant, one has no valid pixel, one is neither."""
+    prediction, target, mask = drawn(0, 3, 5, 6), drawn(1, 3, 5, 6), marks(2, 3, 5, 6)
+    prediction[0], mask[1] = 2.5, False
+    gradients = []
+    for place in ("none", "host"):
+        leaf = prediction.clone().requires_grad_()
+        with accelerated.use_kernels(place):
+            scale, shift, _ = alignment.least_squares(leaf, target, mask)
+        gradients += torch.autograd.grad((2 * scale - shift).sum(), leaf)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-12)
+    assert not gradients[1][:2].any() and gradients[1][2].any()
+
+
 @pytest.mark.parametrize("readout", ["ignore", "add", "project"])
 @pytest.mark.parametrize("name", ["dpt_base", "dpt_hybrid"])
 def test_every_kind_of_dpt_runs_through_its_kernels(name, readout):
@@ -162,6 +176,17 @@ def test_every_kind_of_dpt_runs_through_its_kernels(name, readout):
     with accelerated.use_kernels("host"), watched() as called:
         torch.testing.assert_close(model(image), expected, rtol=1e-9, atol=1e-12)
     assert called == FORWARD - ({"read_project"} if readout != "project" else set())
+
+
+def test_a_mask_is_left_to_torch():
+    """No DPT has one, and the kernel has none."""
+    attention = DPT(small("dpt_base")).double().eval().backbone.blocks[0].attn
+    tokens, mask = drawn(0, 1, 5, 16), torch.eye(5, dtype=torch.bool)
+    expected = attention(tokens, attn_mask=mask)
+    assert not torch.allclose(expected, attention(tokens))
+    with accelerated.use_kernels("host"), watched() as called:
+        assert torch.equal(attention(tokens, attn_mask=mask), expected)
+    assert not called
 
 
 # ---- each operator -------------------------------------------------------------------------------------------------------------
@@ -212,7 +237,7 @@ def test_upsample_add_keeps_the_memory_format_of_the_skip(layout, torch_threads)
 
 SMALL = {
     "attention": tuple(drawn(k, 1, 1, 4, 3, grad=True) for k in range(3)),
-    "depth_loss": (drawn(0, 1, 4, 5, grad=True), drawn(1, 1, 4, 5), marks(2, 1, 4, 5), 0.8, 2, 0.5),
+    "depth_loss": (drawn(0, 1, 4, 5, grad=True), drawn(1, 1, 4, 5), marks(2, 1, 4, 5), 0.8, 2, 0.7),
     "least_squares": (drawn(0, 2, 3, 4, grad=True), drawn(1, 2, 3, 4), marks(2, 2, 3, 4)),
 }
 
@@ -272,6 +297,18 @@ def test_a_label_that_is_no_class_makes_the_operators_loss_nan_and_ours_names_it
     assert loss.isnan() and torch.autograd.grad(loss, logits)[0].isnan().all()
     with accelerated.use_kernels("host"), pytest.raises(ValueError, match="labels hold 7: expected a class from 0 to 2"):
         losses.segmentation_loss(logits, None, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_labels_of_any_integer_type_have_the_same_loss(dtype):
+    logits, labels = drawn(0, 2, 3, 4, 4), torch.randint(-1, 3, (2, 7, 9), generator=torch.Generator().manual_seed(0))
+    ignored = 127
+    labels = torch.where(labels < 0, ignored, labels).to(dtype)
+    composed = losses.segmentation_loss(logits, None, labels, ignore_index=ignored)
+    with accelerated.use_kernels("host"), watched() as called:
+        found = losses.segmentation_loss(logits, None, labels, ignore_index=ignored)
+    assert called == {"cross_entropy"}
+    torch.testing.assert_close(found, composed, rtol=1e-10, atol=0)
 
 
 # ---- autocast ------------------------------------------------------------------------------------------------------------------

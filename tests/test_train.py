@@ -163,7 +163,7 @@ def test_a_value_that_is_not_finite_stops_the_run_with_the_last_good_weights(
     assert not (tmp_path / "demo" / "results.json").exists()
 
 
-def test_an_interrupted_run_begins_anew(
+def test_a_run_that_is_interrupted_before_its_first_snapshot_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(loss: torch.Tensor) -> torch.Tensor:
@@ -251,8 +251,8 @@ def test_the_average_of_the_weights(decay: float, count: int, seed: int) -> None
 
 @given(count=st.integers(1, 20), batch=st.integers(1, 30), steps=st.integers(1, 20), seed=st.integers(0, 99))
 def test_every_pass_shows_every_scene_once(count: int, batch: int, steps: int, seed: int) -> None:
-    recipe = Recipe(batch_size=batch, steps=steps)
-    indices = list(engine.batches(count, recipe, torch.Generator().manual_seed(seed)))
+    order = engine.Order(count, batch, torch.Generator().manual_seed(seed))
+    indices = [next(order) for _ in range(steps)]
     assert [len(part) for part in indices] == [batch] * steps
     shown = torch.cat(indices)
     for whole in shown[: len(shown) // count * count].view(-1, count):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-import accelerated.optim as fast
+import accelerated.mgda as fast
 import reference.optim as plain
 from tests.equality import assert_same, assert_same_dict
 from tests.optim import SHAPES, TRAINABLE, draw_params, torchs
@@ -192,11 +192,11 @@ def test_losses_may_share_their_graph() -> None:
 
 def test_mgda_names_what_it_cannot_combine() -> None:
     a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    with pytest.raises(ValueError, match=r"no loss depends on parameter 1, of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"no dataset's loss depends on parameter 1, of shape \(3,\)"):
         fast.mgda_backward([a.sum(), a.prod()], [a, b])
-    with pytest.raises(ValueError, match="the gradient of loss 1 is not finite"):
+    with pytest.raises(ValueError, match="the gradient of dataset 1 is not finite"):
         fast.mgda_backward([a.sum(), a.sum() * torch.inf], [a])
-    with pytest.raises(ValueError, match="there are no losses: expected at least one"):
+    with pytest.raises(ValueError, match="no gradient was taken: expected one dataset at least"):
         fast.mgda_backward([], [a])
     one = np.ones(2)
     with pytest.raises(ValueError, match="only one of the tasks 0 and 1 has a gradient of 'b'"):

@@ -15,6 +15,7 @@ from torch import nn
 
 import accelerated.alignment
 import accelerated.losses
+import accelerated.mgda
 import accelerated.optim
 import reference
 import reference.alignment
@@ -265,7 +266,7 @@ def test_a_step_for_three_tasks_at_once_in_both_forms():
     rates = optim.group_rates(params, 0.05, 0.1)
     updated, _ = optim.sgd(params, combined, optim.sgd_state(params), rates)
     optimizer = accelerated.optim.sgd(model, 0.05, 0.1)
-    other_weights = accelerated.optim.mgda_backward(losses, model.parameters())
+    other_weights = accelerated.mgda.mgda_backward(losses, model.parameters())
     optimizer.step()
     assert (weights > 0.05).all(), f"{weights}: a task without a weight would not test much"
     assert_same(other_weights.numpy(), weights, MODEL)

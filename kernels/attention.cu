@@ -64,8 +64,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     A* const value_tile = key_tile + TILE * STRIDE;
     A* const weights = value_tile + TILE * STRIDE;
     const int x = static_cast<int>(threadIdx.x) % 16, y = static_cast<int>(threadIdx.x) / 16;
-    const int blocks = (queries - 1) / BLOCK + 1, first = static_cast<int>(blockIdx.x) % blocks * BLOCK;
-    const long long head = static_cast<int>(blockIdx.x) / blocks, row = head * queries + first;
+    const auto [head, row, first] = this_block<BLOCK>(queries);
     k += head * keys * depth;
     v += head * keys * depth;
 
@@ -73,9 +72,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     A sums[R][D / 16] = {}, top[R], total[R] = {};
     UNROLL for (int i = 0; i < R; ++i) top[i] = -infinity();
     for (int tile = 0; tile < keys; tile += TILE) {
-        const long long from = static_cast<long long>(tile) * depth;
-        load_tile<T, D, TILE>(key_tile, k + from, keys - tile, depth, wide);
-        load_tile<T, D, TILE>(value_tile, v + from, keys - tile, depth, wide);
+        load_pair<T, D, TILE>(key_tile, k, v, tile, keys - tile, depth, wide);
         __syncthreads();
         A s[R][C];
         score<A, D>(s, query_tile + y * R * STRIDE, key_tile + x * STRIDE);
@@ -119,32 +116,22 @@ template <typename T, int D>
 __global__ void __launch_bounds__(THREADS)
     attend_tensor(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, T* __restrict__ out,
                   float* __restrict__ lse, int queries, int keys, int depth, float scale, int wide) {
-    constexpr int BLOCK = Matrix<D>::BLOCK, STRIDE = Matrix<D>::STRIDE, TILE = 4096 / D, STAGE = 2 * TILE * STRIDE;
+    constexpr int BLOCK = Matrix<D>::BLOCK, STRIDE = Matrix<D>::STRIDE, TILE = 4096 / D;
     DYNAMIC_SHARED(T, query_tile);
-    T* const stages = query_tile + BLOCK * STRIDE;  // two, each a tile of keys and one of values
+    T* const pairs = query_tile + BLOCK * STRIDE;  // two, each a tile of keys and one of values
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int blocks = (queries - 1) / BLOCK + 1, first = static_cast<int>(blockIdx.x) % blocks * BLOCK;
-    const long long head = static_cast<int>(blockIdx.x) / blocks, row = head * queries + first;
+    const auto [head, row, first] = this_block<BLOCK>(queries);
     k += head * keys * depth;
     v += head * keys * depth;
     const float factor = scale * LOG2E;
 
     AsyncCopies copies;
     fetch_tile<T, D, BLOCK>(copies, query_tile, q + row * depth, queries - first, depth, wide);
-    fetch_tile<T, D, TILE>(copies, stages, k, keys, depth, wide);
-    fetch_tile<T, D, TILE>(copies, stages + TILE * STRIDE, v, keys, depth, wide);
+    fetch_pair<T, D, TILE>(copies, pairs, k, v, 0, keys, depth, wide);
     T* const own_rows = query_tile + 16 * warp * STRIDE;
     float sums[D / 8][4] = {}, top[2] = {-infinity(), -infinity()}, total[2] = {};
-    for (int tile = 0, stage = 0; tile < keys; tile += TILE, stage ^= 1) {
-        copies.wait();
-        __syncthreads();  // this tile is there for all, and all are done with the one before
-        if (tile + TILE < keys) {
-            const long long next = static_cast<long long>(tile + TILE) * depth;
-            T* const to = stages + (stage ^ 1) * STAGE;
-            fetch_tile<T, D, TILE>(copies, to, k + next, keys - tile - TILE, depth, wide);
-            fetch_tile<T, D, TILE>(copies, to + TILE * STRIDE, v + next, keys - tile - TILE, depth, wide);
-        }
-        const T* const key_tile = stages + stage * STAGE;
+    for (int tile = 0, turn = 0; tile < keys; tile += TILE, turn ^= 1) {
+        const T* const key_tile = next_pair<T, D, TILE>(copies, pairs, turn, k, v, tile, keys, depth, wide);
         float s[TILE / 8][4];
         score_matrix<T, D, TILE>(s, own_rows, key_tile);
         float largest[2] = {top[0], top[1]};

@@ -29,6 +29,19 @@ __device__ Accumulator<T> dot(const T* __restrict__ a, const T* __restrict__ b, 
     return sum;
 }
 
+// Where the rows of a block of rungs 2 and 3 are: of one head, of `rows` rows, those from `first` on; `row` counts all heads'.
+struct Place {
+    long long head, row;
+    int first;
+};
+
+template <int BLOCK>
+__device__ Place this_block(int rows) {
+    const int blocks = (rows - 1) / BLOCK + 1, first = static_cast<int>(blockIdx.x) % blocks * BLOCK;
+    const long long head = static_cast<int>(blockIdx.x) / blocks;
+    return {head, head * rows + first, first};
+}
+
 // 16 bytes of a row, of which `count` elements exist; zeros for the others. `wide`: rows begin at multiples of 16 bytes and are
 // multiples of 16 bytes long, so that all of them exist or none.
 template <typename T>
@@ -69,6 +82,13 @@ __device__ void load_tile(Accumulator<T>* tile, const T* rows, int count, int de
             tile[row * Rows<D>::STRIDE + column + i] = static_cast<Accumulator<T>>(chosen.values[i]);
         }
     }
+}
+
+// The rows from `row` on of two arrays, of which `count` exist, to two tiles, one behind the other.
+template <typename T, int D, int N>
+__device__ void load_pair(Accumulator<T>* tiles, const T* a, const T* b, long long row, int count, int depth, bool wide) {
+    load_tile<T, D, N>(tiles, a + row * depth, count, depth, wide);
+    load_tile<T, D, N>(tiles + N * Rows<D>::STRIDE, b + row * depth, count, depth, wide);
 }
 
 // s[i][j] = row i of `rows` times row 16 j of `others`.
@@ -155,6 +175,28 @@ __device__ void fetch_tile(AsyncCopies& copies, T* tile, const T* rows, int coun
             *reinterpret_cast<Chunk<T>*>(to) = read(from, exist, false);
         }
     }
+}
+
+// Ask for the rows from `row` on of two arrays, of which `count` exist, in two tiles, one behind the other.
+template <typename T, int D, int N>
+__device__ void fetch_pair(AsyncCopies& copies, T* tiles, const T* a, const T* b, long long row, int count, int depth, bool wide) {
+    fetch_tile<T, D, N>(copies, tiles, a + row * depth, count, depth, wide);
+    fetch_tile<T, D, N>(copies, tiles + N * Matrix<D>::STRIDE, b + row * depth, count, depth, wide);
+}
+
+// The pair of tiles asked for last, of the rows from `tile` on, as soon as it is there. There is room for two pairs, which take
+// turns: where the one before was, the next is asked for, of `rows` rows in all.
+template <typename T, int D, int N>
+__device__ const T* next_pair(AsyncCopies& copies, T* pairs, int turn, const T* a, const T* b, int tile, int rows, int depth,
+                              bool wide) {
+    constexpr int PAIR = 2 * N * Matrix<D>::STRIDE;
+    copies.wait();
+    __syncthreads();  // this pair is there for all threads, and all are done with the one before
+    if (tile + N < rows) {
+        T* const to = pairs + (turn ^ 1) * PAIR;
+        fetch_pair<T, D, N>(copies, to, a, b, tile + N, rows - tile - N, depth, wide);
+    }
+    return pairs + turn * PAIR;
 }
 
 // s = 16 rows of a tile times N rows of another, in the layout of C.

@@ -176,7 +176,7 @@ def _sizes(q: Array, k: Array) -> tuple[np.generic, ...]:
 def _launch_blocks(
     name: str, rung: int, shape: tuple[int, ...], q: Array, k: Array, arguments: tuple[Array, ...], wide: bool
 ) -> None:
-    """Launch rung 2 or 3 over the rows of `shape`, (B, heads, rows, d), with the shared memory that attention.cu lays out."""
+    """Launch rung 2 or 3 over the rows of `shape`, (B, heads, rows, d), with the shared memory that the kernels lay out."""
     depth = next(depth for depth in DEPTHS if shape[3] <= depth)
     if rung == 2:
         rows, tile, row_bytes = 4096 // depth, 32 if name == "attend" else 2048 // depth, (depth + 4) * accumulator(q).itemsize

@@ -94,13 +94,11 @@ __global__ void __launch_bounds__(THREADS, 2)
     A* const value_tile = key_tile + TILE * STRIDE;
     A* const weights = value_tile + TILE * STRIDE;
     const int x = static_cast<int>(threadIdx.x) % 16, y = static_cast<int>(threadIdx.x) / 16;
-    const int blocks = (queries - 1) / BLOCK + 1, first = static_cast<int>(blockIdx.x) % blocks * BLOCK;
-    const long long head = static_cast<int>(blockIdx.x) / blocks, row = head * queries + first;
+    const auto [head, row, first] = this_block<BLOCK>(queries);
     k += head * keys * depth;
     v += head * keys * depth;
 
-    load_tile<T, D, BLOCK>(query_tile, q + row * depth, queries - first, depth, wide);
-    load_tile<T, D, BLOCK>(dout_tile, dout + row * depth, queries - first, depth, wide);
+    load_pair<T, D, BLOCK>(query_tile, q, dout, row, queries - first, depth, wide);
     A sums[R][D / 16] = {}, row_lse[R], row_delta[R], factor[R];
     UNROLL for (int i = 0; i < R; ++i) {
         const bool exists = first + y * R + i < queries;
@@ -109,9 +107,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         factor[i] = scale;
     }
     for (int tile = 0; tile < keys; tile += TILE) {
-        const long long from = static_cast<long long>(tile) * depth;
-        load_tile<T, D, TILE>(key_tile, k + from, keys - tile, depth, wide);
-        load_tile<T, D, TILE>(value_tile, v + from, keys - tile, depth, wide);
+        load_pair<T, D, TILE>(key_tile, k, v, tile, keys - tile, depth, wide);
         __syncthreads();
         A s[R][C], dweight[R][C];
         score<A, D>(s, query_tile + y * R * STRIDE, key_tile + x * STRIDE);
@@ -143,17 +139,14 @@ __global__ void __launch_bounds__(THREADS, 2)
     A* const dout_tile = query_tile + TILE * STRIDE;
     A* const weights = dout_tile + TILE * STRIDE;
     const int x = static_cast<int>(threadIdx.x) % 16, y = static_cast<int>(threadIdx.x) / 16;
-    const int blocks = (keys - 1) / BLOCK + 1, first = static_cast<int>(blockIdx.x) % blocks * BLOCK;
-    const long long head = static_cast<int>(blockIdx.x) / blocks, row = head * keys + first;
+    const auto [head, row, first] = this_block<BLOCK>(keys);
 
-    load_tile<T, D, BLOCK>(key_tile, k + row * depth, keys - first, depth, wide);
-    load_tile<T, D, BLOCK>(value_tile, v + row * depth, keys - first, depth, wide);
+    load_pair<T, D, BLOCK>(key_tile, k, v, row, keys - first, depth, wide);
     A key_sums[R][D / 16] = {}, value_sums[R][D / 16] = {};
     A* const own_weights = weights + y * R * (TILE + 4);
     for (int tile = 0; tile < queries; tile += TILE) {
         const long long query = head * queries + tile;
-        load_tile<T, D, TILE>(query_tile, q + query * depth, queries - tile, depth, wide);
-        load_tile<T, D, TILE>(dout_tile, dout + query * depth, queries - tile, depth, wide);
+        load_pair<T, D, TILE>(query_tile, q, dout, query, queries - tile, depth, wide);
         A column_lse[C], column_delta[C];
         UNROLL for (int j = 0; j < C; ++j) {
             const bool exists = tile + x + 16 * j < queries;
@@ -197,37 +190,26 @@ __global__ void __launch_bounds__(THREADS, 2)
     attend_dq_tensor(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ dout,
                      const float* __restrict__ lse, const float* __restrict__ delta, T* __restrict__ dq, int queries, int keys,
                      int depth, float scale, int wide) {
-    constexpr int BLOCK = Matrix<D>::BLOCK, STRIDE = Matrix<D>::STRIDE, TILE = 2048 / D, STAGE = 2 * TILE * STRIDE;
+    constexpr int BLOCK = Matrix<D>::BLOCK, STRIDE = Matrix<D>::STRIDE, TILE = 2048 / D;
     DYNAMIC_SHARED(T, query_tile);
     T* const dout_tile = query_tile + BLOCK * STRIDE;
-    T* const stages = dout_tile + BLOCK * STRIDE;
+    T* const pairs = dout_tile + BLOCK * STRIDE;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int blocks = (queries - 1) / BLOCK + 1, first = static_cast<int>(blockIdx.x) % blocks * BLOCK;
-    const long long head = static_cast<int>(blockIdx.x) / blocks, row = head * queries + first;
+    const auto [head, row, first] = this_block<BLOCK>(queries);
     k += head * keys * depth;
     v += head * keys * depth;
 
     AsyncCopies copies;
-    fetch_tile<T, D, BLOCK>(copies, query_tile, q + row * depth, queries - first, depth, wide);
-    fetch_tile<T, D, BLOCK>(copies, dout_tile, dout + row * depth, queries - first, depth, wide);
-    fetch_tile<T, D, TILE>(copies, stages, k, keys, depth, wide);
-    fetch_tile<T, D, TILE>(copies, stages + TILE * STRIDE, v, keys, depth, wide);
+    fetch_pair<T, D, BLOCK>(copies, query_tile, q, dout, row, queries - first, depth, wide);
+    fetch_pair<T, D, TILE>(copies, pairs, k, v, 0, keys, depth, wide);
     float sums[D / 8][4] = {}, row_lse[2], row_delta[2];
     UNROLL for (int r = 0; r < 2; ++r) {
         const int own = 16 * warp + lane / 4 + 8 * r;
         row_lse[r] = first + own < queries ? lse[row + own] : 0;
         row_delta[r] = first + own < queries ? delta[row + own] : 0;
     }
-    for (int tile = 0, stage = 0; tile < keys; tile += TILE, stage ^= 1) {
-        copies.wait();
-        __syncthreads();
-        if (tile + TILE < keys) {
-            const long long next = static_cast<long long>(tile + TILE) * depth;
-            T* const to = stages + (stage ^ 1) * STAGE;
-            fetch_tile<T, D, TILE>(copies, to, k + next, keys - tile - TILE, depth, wide);
-            fetch_tile<T, D, TILE>(copies, to + TILE * STRIDE, v + next, keys - tile - TILE, depth, wide);
-        }
-        const T* const key_tile = stages + stage * STAGE;
+    for (int tile = 0, turn = 0; tile < keys; tile += TILE, turn ^= 1) {
+        const T* const key_tile = next_pair<T, D, TILE>(copies, pairs, turn, k, v, tile, keys, depth, wide);
         float s[TILE / 8][4], dweight[TILE / 8][4];
         score_matrix<T, D, TILE>(s, query_tile + 16 * warp * STRIDE, key_tile);
         score_matrix<T, D, TILE>(dweight, dout_tile + 16 * warp * STRIDE, key_tile + TILE * STRIDE);
@@ -251,27 +233,24 @@ __global__ void __launch_bounds__(THREADS, 2)
     attend_dkv_tensor(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ dout,
                       const float* __restrict__ lse, const float* __restrict__ delta, T* __restrict__ dk, T* __restrict__ dv,
                       int queries, int keys, int depth, float scale, int wide) {
-    constexpr int BLOCK = Matrix<D>::BLOCK, STRIDE = Matrix<D>::STRIDE, TILE = 2048 / D, STAGE = 2 * TILE * STRIDE;
+    constexpr int BLOCK = Matrix<D>::BLOCK, STRIDE = Matrix<D>::STRIDE, TILE = 2048 / D;
     DYNAMIC_SHARED(T, key_tile);
     T* const value_tile = key_tile + BLOCK * STRIDE;
-    T* const stages = value_tile + BLOCK * STRIDE;
+    T* const pairs = value_tile + BLOCK * STRIDE;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int blocks = (keys - 1) / BLOCK + 1, first = static_cast<int>(blockIdx.x) % blocks * BLOCK;
-    const long long head = static_cast<int>(blockIdx.x) / blocks, row = head * keys + first;
+    const auto [head, row, first] = this_block<BLOCK>(keys);
     q += head * queries * depth;
     dout += head * queries * depth;
     lse += head * queries;
     delta += head * queries;
 
     AsyncCopies copies;
-    fetch_tile<T, D, BLOCK>(copies, key_tile, k + row * depth, keys - first, depth, wide);
-    fetch_tile<T, D, BLOCK>(copies, value_tile, v + row * depth, keys - first, depth, wide);
-    fetch_tile<T, D, TILE>(copies, stages, q, queries, depth, wide);
-    fetch_tile<T, D, TILE>(copies, stages + TILE * STRIDE, dout, queries, depth, wide);
+    fetch_pair<T, D, BLOCK>(copies, key_tile, k, v, row, keys - first, depth, wide);
+    fetch_pair<T, D, TILE>(copies, pairs, q, dout, 0, queries, depth, wide);
     T* const own_keys = key_tile + 16 * warp * STRIDE;
     T* const own_values = value_tile + 16 * warp * STRIDE;
     float key_sums[D / 8][4] = {}, value_sums[D / 8][4] = {};
-    for (int tile = 0, stage = 0; tile < queries; tile += TILE, stage ^= 1) {
+    for (int tile = 0, turn = 0; tile < queries; tile += TILE, turn ^= 1) {
         float column_lse[TILE / 8][2], column_delta[TILE / 8][2];
         UNROLL for (int n = 0; n < TILE / 8; ++n) {
             UNROLL for (int i = 0; i < 2; ++i) {
@@ -280,15 +259,7 @@ __global__ void __launch_bounds__(THREADS, 2)
                 column_delta[n][i] = query < queries ? delta[query] : 0;
             }
         }
-        copies.wait();
-        __syncthreads();
-        if (tile + TILE < queries) {
-            const long long next = static_cast<long long>(tile + TILE) * depth;
-            T* const to = stages + (stage ^ 1) * STAGE;
-            fetch_tile<T, D, TILE>(copies, to, q + next, queries - tile - TILE, depth, wide);
-            fetch_tile<T, D, TILE>(copies, to + TILE * STRIDE, dout + next, queries - tile - TILE, depth, wide);
-        }
-        const T* const query_tile = stages + stage * STAGE;
+        const T* const query_tile = next_pair<T, D, TILE>(copies, pairs, turn, q, dout, tile, queries, depth, wide);
         const T* const dout_tile = query_tile + TILE * STRIDE;
         float s[TILE / 8][4], dweight[TILE / 8][4];
         score_matrix<T, D, TILE>(s, own_keys, query_tile);

@@ -3,6 +3,9 @@
 
 #include "element.cuh"
 
+constexpr int LANES = 32;
+constexpr unsigned EVERY_LANE = 0xffffffffu;
+
 // The sum of all threads' values, by the first of them, in order.
 template <typename N>
 __device__ N sum_in_order(N value) {
@@ -18,6 +21,26 @@ __device__ N sum_in_order(N value) {
     return sum;
 }
 
+// The sum of a value over the lanes of a warp, in its first lane.
+template <typename N>
+__device__ N warp_sum(N value) {
+    for (int distance = LANES / 2; distance > 0; distance /= 2) value += __shfl_down_sync(EVERY_LANE, value, distance);
+    return value;
+}
+
+// The sum of a value over the threads of a block, in every thread: within each warp, then warp by warp.
+template <typename N>
+__device__ N block_sum(N value) {
+    __shared__ N sums[LANES];
+    value = warp_sum(value);
+    if (threadIdx.x % LANES == 0) sums[threadIdx.x / LANES] = value;
+    __syncthreads();
+    N total = 0;
+    for (unsigned warp = 0; warp < blockDim.x / LANES; ++warp) total += sums[warp];
+    __syncthreads();  // before `sums` is written again
+    return total;
+}
+
 // Rung 2 cuts an image into chunks, a block each.
 struct Chunk {
     int image, index;
@@ -28,6 +51,16 @@ __device__ inline Chunk this_chunk(int pixels, int chunk, int chunks) {
     const int image = static_cast<int>(blockIdx.x) / chunks, index = static_cast<int>(blockIdx.x) % chunks;
     const unsigned begin = static_cast<unsigned>(index) * chunk, last = static_cast<unsigned>(pixels);
     return {image, index, begin, min(begin + chunk, last)};
+}
+
+// The first or second of the pairs of an image's chunks, summed in one order by every block that asks.
+template <typename A>
+__device__ A sum_of_chunks(const A* parts, int image, int chunks) {
+    A sum = 0;
+    for (int index = static_cast<int>(threadIdx.x); index < chunks; index += static_cast<int>(blockDim.x)) {
+        sum += parts[2 * (static_cast<long long>(image) * chunks + index)];
+    }
+    return block_sum(sum);
 }
 
 // Four neighbours, read or written at once (a double by two) where `whole` says that they are aligned and all there.

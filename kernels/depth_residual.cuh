@@ -30,7 +30,22 @@ __device__ int sign(A x) {
     return (x > 0) - (x < 0);
 }
 
-// s of a map from its mean |d - t|. An image with a number that is not finite, in either map, has NaN for both means.
+template <typename A>
+__device__ A absolute(A x) {
+    return x < 0 ? -x : x;
+}
+
+// What both maps are aligned by. An image with a number that is not finite, in either map, has NaN for both means of |d - t|.
+template <typename A>
+__device__ void set_alignment(A* numbers, A median, A mean, A target_median, A target_mean) {
+    const A spoilt = (mean - mean) + (target_mean - target_mean);  // NaN where one of them is not finite
+    numbers[MEDIAN] = median;
+    numbers[DEVIATION] = mean + spoilt;
+    numbers[TARGET_MEDIAN] = target_median;
+    numbers[TARGET_DEVIATION] = target_mean + spoilt;
+}
+
+// s of a map from its mean |d - t|.
 template <typename A>
 __device__ A clamped(A mean) {
     return mean < A(1e-6) ? A(1e-6) : mean;
@@ -75,12 +90,12 @@ __device__ Differences<A> differences(const A* residual, const T* prediction, in
     const A d = static_cast<A>(prediction[here]);
     if (x < width - step && is_valid(residual[here + step])) {
         const A difference = residual[here + step] - r;
-        sum.size += difference < 0 ? -difference : difference;
+        sum.size += absolute(difference);
         sum.pull += sign(difference) * (static_cast<A>(prediction[here + step]) - d);
     }
     if (y < height - step && is_valid(residual[below])) {
         const A difference = residual[below] - r;
-        sum.size += difference < 0 ? -difference : difference;
+        sum.size += absolute(difference);
         sum.pull += sign(difference) * (static_cast<A>(prediction[below]) - d);
     }
     return sum;

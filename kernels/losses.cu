@@ -19,7 +19,7 @@
 // Rung 2: many blocks an image; selection by digits of 11 bits; the sums of the gradient are taken along with the loss.
 #include "chunks.cuh"
 #include "depth_residual.cuh"
-#include "selection.cuh"
+#include "depth_selections.cuh"
 
 // ---- Rung 1 -----------------------------------------------------------------------------------------------------------------
 //
@@ -70,17 +70,13 @@ __global__ void depth_loss_naive(const T* __restrict__ prediction, const Accumul
     for (int i = thread; i < pixels; i += threads) {
         if (mask[i] == 0) continue;
         const A centred = static_cast<A>(prediction[i]) - median, target_centred = target[i] - target_median;
-        sum += centred < 0 ? -centred : centred;
-        target_sum += target_centred < 0 ? -target_centred : target_centred;
+        sum += absolute(centred);
+        target_sum += absolute(target_centred);
     }
     const A mean = sum_in_order(sum) / static_cast<A>(max(valid, 1));
     const A target_mean = sum_in_order(target_sum) / static_cast<A>(max(valid, 1));
     if (thread == 0) {
-        const A spoilt = (mean - mean) + (target_mean - target_mean);  // NaN where one of them is not finite
-        numbers[MEDIAN] = median;
-        numbers[DEVIATION] = mean + spoilt;
-        numbers[TARGET_MEDIAN] = target_median;
-        numbers[TARGET_DEVIATION] = target_mean + spoilt;
+        set_alignment(numbers, median, mean, target_median, target_mean);
         counts[VALID] = valid;
         int first = 0;
         while (first < pixels && !(mask[first] != 0 && static_cast<A>(prediction[first]) == median)) ++first;
@@ -147,23 +143,6 @@ __global__ void depth_loss_naive(const T* __restrict__ prediction, const Accumul
 // medians and twice for R, and R three times more (five where the trimming cuts through equal values). A chunk's counts are
 // collected in shared memory, where to add 1 is an instruction of its own, and only bins that are not empty go on to global
 // memory.
-
-// The selections of both medians of an image; each has the digits of Accumulator<T>, of which the prediction may need fewer.
-template <typename T>
-struct Medians {
-    Selection prediction, target;
-
-    __device__ Medians(unsigned* histograms, Choice* choices, int image) {
-        const int digits = digits_of(bits_of<Accumulator<T>>);
-        const long long place = static_cast<long long>(image) * 2 * digits;
-        prediction = {histograms + place * BINS, choices + place, bits_of<T>};
-        target = {histograms + (place + digits) * BINS, choices + place + digits, bits_of<Accumulator<T>>};
-    }
-};
-
-__device__ inline Choice lower_median(int valid) {
-    return {0, static_cast<unsigned>(max(valid - 1, 0)) / 2, static_cast<unsigned>(valid)};
-}
 
 template <typename T>
 __global__ void __launch_bounds__(512, 2)
@@ -237,8 +216,8 @@ __global__ void __launch_bounds__(512, 2)
         for (unsigned k = 0; k < 4; ++k) {
             if (used.at[k] != 0 && i + k < here.end) {
                 const A centred = static_cast<A>(d.at[k]) - median, target_centred = truth.at[k] - target_median;
-                sum += centred < 0 ? -centred : centred;
-                target_sum += target_centred < 0 ? -target_centred : target_centred;
+                sum += absolute(centred);
+                target_sum += absolute(target_centred);
                 balance += sign(centred);
                 if (centred == 0) from_end = max(from_end, pixels - static_cast<int>(i + k));
                 int level = 0;
@@ -270,16 +249,6 @@ __global__ void __launch_bounds__(512, 2)
     counts[SCALES] = counts[VALID];
 }
 
-// The first or second of the pairs of an image's chunks, summed in one order by every block that asks.
-template <typename A>
-__device__ A sum_of_chunks(const A* parts, int image, int chunks) {
-    A sum = 0;
-    for (int index = static_cast<int>(threadIdx.x); index < chunks; index += static_cast<int>(blockDim.x)) {
-        sum += parts[2 * (static_cast<long long>(image) * chunks + index)];
-    }
-    return block_sum(sum);
-}
-
 template <typename T>
 __global__ void __launch_bounds__(512, 2)
     depth_residual(const T* __restrict__ prediction, const Accumulator<T>* __restrict__ target,
@@ -297,11 +266,7 @@ __global__ void __launch_bounds__(512, 2)
     const A mean = sum_of_chunks(parts, here.image, chunks) / valid;
     const A target_mean = sum_of_chunks(parts + 1, here.image, chunks) / valid;
     if (threadIdx.x == 0) {
-        const A spoilt = (mean - mean) + (target_mean - target_mean);  // NaN where one of them is not finite
-        known[MEDIAN] = numbers[MEDIAN];
-        known[TARGET_MEDIAN] = numbers[TARGET_MEDIAN];
-        known[DEVIATION] = mean + spoilt;
-        known[TARGET_DEVIATION] = target_mean + spoilt;
+        set_alignment(known, numbers[MEDIAN], mean, numbers[TARGET_MEDIAN], target_mean);
         if (here.index == 0) numbers[DEVIATION] = known[DEVIATION], numbers[TARGET_DEVIATION] = known[TARGET_DEVIATION];
     }
     clear_bins(bins, BINS);
@@ -320,31 +285,6 @@ __global__ void __launch_bounds__(512, 2)
     }
     add_bins(bins, histograms + static_cast<long long>(here.image) * digits * BINS);
 }
-
-// The selections of the trimming: first the |R| of rank floor(kept M) - 1, the threshold; then, among the pixels that equal it,
-// the place of the last one kept. Places all differ.
-template <typename A>
-struct Trimming {
-    Selection size, place;
-    int used;
-
-    __device__ Trimming(unsigned* histograms, Choice* choices, int image, int digits, int valid, double kept) {
-        const int of_size = digits_of(bits_of<A> - 1);
-        const long long first = static_cast<long long>(image) * digits;
-        size = {histograms + first * BINS, choices + first, bits_of<A> - 1};
-        place = {histograms + (first + of_size) * BINS, choices + first + of_size, (digits - of_size) * DIGIT};
-        used = kept_of(valid, kept);
-    }
-
-    // With used = 0 the rank is that of no key.
-    __device__ Choice start() const { return {0, static_cast<unsigned>(used) - 1u, 0}; }
-
-    // Where the selection among the places of those that equal the threshold starts.
-    __device__ static Choice among(const Choice& threshold) { return {0, threshold.rank, threshold.count}; }
-
-    // Whether places decide nothing: none of the equal ones is kept, or all.
-    __device__ bool is_decided(const Choice& threshold) const { return used == 0 || threshold.rank + 1 == threshold.count; }
-};
 
 template <typename T>
 __global__ void __launch_bounds__(512, 3)

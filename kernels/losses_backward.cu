@@ -1,5 +1,5 @@
-// The gradient of the depth loss (losses.cu) in its prediction: that in R, divided by s; then what flows through s and t, which are
-// functions of all valid pixels.
+// The gradient of the depth loss (losses.cu) in its prediction: that in R, divided by s; then what flows through s and t, which
+// are functions of all valid pixels.
 //
 //     dR_i = 1/(2M) sign(R_i) if i was kept + weight sum over scales of 1/M_k sum of the signs of the differences that R_i is in
 //     dd_i = dR_i / s - sign(d_i - t) / (M s^2) sum_j dR_j (d_j - t), the second term 0 where s was clamped

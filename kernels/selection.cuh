@@ -5,7 +5,7 @@
 // added from the smallest value on, pass r. Integers can be counted in any order, so the result is the same every time.
 #pragma once
 
-#include "element.cuh"
+#include "chunks.cuh"
 
 template <int BYTES>
 struct WordOf;
@@ -58,8 +58,6 @@ __device__ inline T from_key(Word<T> key) {
 }
 
 constexpr int DIGIT = 11, BINS = 1 << DIGIT;
-constexpr int LANES = 32;
-constexpr unsigned EVERY_LANE = 0xffffffffu;
 
 // How many digits a key of so many bits has, the first the highest, and how many bits one of them.
 __device__ inline int digits_of(int bits) { return (bits + DIGIT - 1) / DIGIT; }
@@ -77,26 +75,6 @@ struct Selection {
     Choice* choices;
     int bits;
 };
-
-// The sum of a value over the lanes of a warp, in its first lane.
-template <typename N>
-__device__ N warp_sum(N value) {
-    for (int distance = LANES / 2; distance > 0; distance /= 2) value += __shfl_down_sync(EVERY_LANE, value, distance);
-    return value;
-}
-
-// The sum of a value over the threads of a block, in every thread: within each warp, then warp by warp.
-template <typename N>
-__device__ N block_sum(N value) {
-    __shared__ N sums[LANES];
-    value = warp_sum(value);
-    if (threadIdx.x % LANES == 0) sums[threadIdx.x / LANES] = value;
-    __syncthreads();
-    N total = 0;
-    for (unsigned warp = 0; warp < blockDim.x / LANES; ++warp) total += sums[warp];
-    __syncthreads();  // before `sums` is written again
-    return total;
-}
 
 // The choice after one digit more, in every thread of a block of 2^n threads, from 32 to BINS. A rank that no key has (there is
 // none, or it is -1) gives the smallest prefix, and count 0.

@@ -179,7 +179,8 @@ __device__ void fetch_tile(AsyncCopies& copies, T* tile, const T* rows, int coun
 
 // Ask for the rows from `row` on of two arrays, of which `count` exist, in two tiles, one behind the other.
 template <typename T, int D, int N>
-__device__ void fetch_pair(AsyncCopies& copies, T* tiles, const T* a, const T* b, long long row, int count, int depth, bool wide) {
+__device__ void fetch_pair(AsyncCopies& copies, T* tiles, const T* a, const T* b, long long row, int count, int depth,
+                           bool wide) {
     fetch_tile<T, D, N>(copies, tiles, a + row * depth, count, depth, wide);
     fetch_tile<T, D, N>(copies, tiles + N * Matrix<D>::STRIDE, b + row * depth, count, depth, wide);
 }

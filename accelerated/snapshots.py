@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{32})\.pt")
 _PARTIAL = ".partial-snapshot"
 
@@ -41,6 +39,8 @@ class Snapshots:
 
         Raises OSError, naming the file, where it cannot be written; the older snapshots stay.
         """
+        import torch  # here, so that a command line that makes no sense need not wait for it
+
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / _PARTIAL
         try:
@@ -66,6 +66,8 @@ class Snapshots:
 
         `complain` gets one sentence for each newer one that is not.
         """
+        import torch
+
         for step, path in self._files():
             reason = ""
             try:

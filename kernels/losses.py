@@ -156,10 +156,16 @@ def depth_loss_backward(dloss: Array, prediction: Array, saved: DepthSaved, out:
             f"saved is of a prediction {saved.residual.shape} whose accumulator is {saved.residual.dtype.name}, on "
             f"{place(saved.residual)}, expected one {wanted[0]} with {wanted[1].name}, on {wanted[2]}"
         )
+    residual, numbers, counts, scales, gradient_weight, rung = saved
+    for name, array, dtype in (("numbers", numbers, residual.dtype), ("counts", counts, COUNT)):
+        check_array(f"saved.{name}", array, (dtype.name,), {"prediction": prediction})
+        expected = saved_shapes(prediction.shape)[name]
+        if array.shape != expected:
+            raise ValueError(f"saved.{name} has shape {array.shape}, expected {expected}")
+    _check_options(1.0, scales, gradient_weight, rung)
     if out is None:
         out = new(prediction.shape, prediction.dtype, prediction)
     check_output("out", out, prediction.shape, {"prediction": prediction})
-    residual, numbers, counts, scales, gradient_weight, rung = saved
     check_apart("out", out, {"dloss": dloss, "residual": residual, "numbers": numbers, "counts": counts})
     images, height, width = prediction.shape
     chunk = chunk_of(images, height * width)

@@ -185,3 +185,27 @@ print("survived")
         assert "survived" not in done.stdout
         assert "heap-buffer-overflow" in done.stderr
         assert words.split(".*")[1] in done.stderr
+
+
+def test_kernel_launches_of_several_threads_take_turns():
+    """Of kernels with different parameters too: a source's kernels share one emulated device. In a child, which may crash."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THREADS], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "all alike\n"), done.stderr
+
+
+IN_THREADS = """
+import threading
+import numpy as np
+from kernels.losses import depth_loss
+rng = np.random.default_rng(0)
+maps = rng.random((2, 32, 32), np.float32), rng.random((2, 32, 32), np.float32), np.ones((2, 32, 32), bool)
+expected, found = depth_loss(*maps)[0][0], []
+threads = [threading.Thread(target=lambda: found.extend(depth_loss(*maps)[0][0] for _ in range(10))) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("all alike" if found == [expected] * 40 else "they differ")
+"""

@@ -255,11 +255,12 @@ void call(Kernel kernel, void** arguments, std::index_sequence<Position...>, voi
     kernel(*static_cast<Parameters*>(arguments[Position])...);
 }
 
-// Run a kernel; null, or what went wrong, valid until the next launch.
+inline std::mutex one_at_a_time;  // of all kernels of the library, which share everything above
+
+// Run a kernel; null, or what went wrong, valid until this thread's next launch.
 template <typename... Parameters>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, std::uint64_t seed,
                    void** arguments) {
-    static std::mutex one_at_a_time;
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     static void (*running)(Parameters...);
     static void** given;
@@ -284,7 +285,9 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
         run_block(order);
         if (failure.empty() && !races::found.empty()) failure = races::found;
     }
-    return failure.empty() ? nullptr : failure.c_str();
+    static thread_local std::string words;  // the failure itself is the next launch's, maybe another thread's, once this returns
+    words = failure;
+    return words.empty() ? nullptr : words.c_str();
 }
 
 }  // namespace emulation

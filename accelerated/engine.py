@@ -103,54 +103,86 @@ def train(
     return results
 
 
+class Training:
+    """What the steps of a run change: the weights and their average, the optimizer, the schedule, and everything random.
+
+    `state` and `load` hold all of it, so that a run goes on as if nothing had interrupted it.
+    """
+
+    def __init__(self, run: Run, model: DPT, scenes: Scenes) -> None:
+        recipe = run.recipe
+        self.run, self.model, self.scenes = run, model, scenes
+        self.optimizer = make_optimizer(model, recipe)
+        self.schedule = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, recipe))
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self._averaged, self._current = list(self.average.state_dict().values()), list(model.state_dict().values())
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.order = Order(len(scenes.image), recipe.batch_size, self.generator)
+
+    def step(self, step: int) -> float:
+        """Take the step of this number, from 1 on, and return its loss.
+
+        Raises RunError, with nothing changed, where the loss or its gradient is not finite.
+        """
+        run, recipe = self.run, self.run.recipe
+        indices = next(self.order)
+        image, target = augmented(self.scenes, indices, crop_at(step - 1, recipe), self.model, recipe, self.generator)
+        with run.device.autocast():
+            output = self.model(image)
+        loss = run.task.loss(output, target, (step - 1) / recipe.steps)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
+        value = loss.item()
+        if not math.isfinite(value) or not math.isfinite(norm.item()):
+            run.folder.save_weights(self.average)
+            raise RunError(
+                f"stopped at step {step}: the loss is {value:g} and the norm of its gradient {norm.item():g}, on "
+                f"training scenes {indices.tolist()}; {run.folder.weights} holds the weights from before that step"
+            )
+        self.optimizer.step()
+        self.schedule.step()
+        move_average(self._averaged, self._current, step, recipe.average_decay)
+        return value
+
+    def state(self) -> dict[str, Any]:
+        """Return tensors and plain data alone, for a snapshot."""
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch": torch.get_rng_state(),
+            "queue": self.order.queue,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned. Raises whatever the parts raise where it is not of this program and model."""
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch"])
+        self.order.queue = state["queue"]
+
+
 def optimize(
     run: Run,
     model: DPT,
-    training: Scenes,
+    scenes: Scenes,
     validation: Scenes,
     snapshot: Snapshot | None = None,
     snapshot_seconds: float = math.inf,
 ) -> tuple[DPT, list[dict[str, float]]]:
     """Take the recipe's steps, those after `snapshot` if there is one; snapshots are taken as `train` says.
 
-    Returns the running average of the weights, saved at every validation, and the log's rows.
+    Returns the running average of the weights, saved at every validation, and the log's rows. Raises RunError for a snapshot that
+    another version of this program has taken.
     """
-    recipe, task = run.recipe, run.task
-    optimizer = make_optimizer(model, recipe)
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
-    average = copy.deepcopy(model).requires_grad_(False)
-    averaged, current = list(average.state_dict().values()), list(model.state_dict().values())
-    generator = torch.Generator().manual_seed(recipe.seed)
-    order = Order(len(training.image), recipe.batch_size, generator)
-    losses: list[float] = []
-    rows: list[dict[str, float]] = []
-    begun, seconds = 0, 0.0
-    if snapshot is not None:
-        begun, state = snapshot
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch"])
-        order.queue, losses, rows, seconds = state["queue"], state["losses"], state["rows"], state["seconds"]
-        print(f"going on after step {begun} of {recipe.steps}", flush=True)
-
-    def save(step: int) -> None:
-        state = {
-            "model": model.state_dict(),
-            "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "generator": generator.get_state(),
-            "torch": torch.get_rng_state(),
-            "queue": order.queue,
-            "losses": losses,
-            "rows": log.rows,
-            "seconds": time.monotonic() - started,
-        }
-        run.folder.snapshots.save(step, state)
-
+    recipe, task, training = run.recipe, run.task, Training(run, model, scenes)
+    begun, losses, rows, seconds = resumed(training, snapshot)
     last = saved = time.monotonic()
     started = last - seconds
     with (
@@ -159,46 +191,45 @@ def optimize(
         StopSignal() as stop,
     ):
         for step in range(begun + 1, recipe.steps + 1):
-            indices = next(order)
-            crop = crop_at(step - 1, recipe)
-            image, target = augmented(training, indices, crop, model, recipe, generator)
-            with run.device.autocast():
-                output = model(image)
-            loss = task.loss(output, target, (step - 1) / recipe.steps)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]) or not math.isfinite(norm.item()):
-                run.folder.save_weights(average)
-                raise RunError(
-                    f"stopped at step {step}: the loss is {losses[-1]:g} and the norm of its gradient {norm.item():g}, on "
-                    f"training scenes {indices.tolist()}; {run.folder.weights} holds the weights from before that step"
-                )
-            optimizer.step()
-            schedule.step()
-            move_average(averaged, current, step, recipe.average_decay)
-
+            losses.append(training.step(step))
             validates = is_mark(step, recipe.steps, recipe.validations)
             if validates or is_mark(step, recipe.steps, REPORTS):
                 now = time.monotonic()
                 images_per_second, mean_loss = len(losses) * recipe.batch_size / (now - last), sum(losses) / len(losses)
                 score = math.nan
                 if validates:
-                    seen = scaled(validation, crop)
-                    score = task.score(predict(run, average, seen.image), seen.target.cpu())
-                    run.folder.save_weights(average)
-                backbone_rate, decoder_rate = (float(group["lr"]) for group in optimizer.param_groups)
+                    seen = scaled(validation, crop_at(step - 1, recipe))
+                    score = task.score(predict(run, training.average, seen.image), seen.target.cpu())
+                    run.folder.save_weights(training.average)
+                backbone_rate, decoder_rate = (float(group["lr"]) for group in training.optimizer.param_groups)
                 log.row(step, now - started, mean_loss, score, images_per_second, backbone_rate, decoder_rate)
                 progress.update(step, mean_loss, score, images_per_second)
                 losses, last = [], time.monotonic()
-
             if stop.received or step == recipe.steps or time.monotonic() - saved >= snapshot_seconds:
-                save(step)
+                shown = {"losses": losses, "rows": log.rows, "seconds": time.monotonic() - started}
+                run.folder.snapshots.save(step, training.state() | shown)
                 saved = time.monotonic()
-                if stop.received:
-                    raise Stopped(step, recipe.steps, stop.received)
-    return average, log.rows
+            if stop.received:
+                raise Stopped(step, recipe.steps, stop.received)
+    return training.average, log.rows
+
+
+def resumed(training: Training, snapshot: Snapshot | None) -> tuple[int, list[float], list[dict[str, float]], float]:
+    """Bring `training` where `snapshot` was: its step, the losses not yet reported, the log's rows and the seconds until then."""
+    if snapshot is None:
+        return 0, [], [], 0.0
+    step, state = snapshot
+    try:
+        training.load(state)
+        shown = state["losses"], state["rows"], state["seconds"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RunError(
+            f"the snapshot of step {step} in {training.run.folder.snapshots.folder} was taken by another version of this program "
+            f"({type(error).__name__}: {reason}): go on with that version, or begin anew with --resume never"
+        ) from error
+    print(f"going on after step {step} of {training.run.recipe.steps}", flush=True)
+    return step, *shown
 
 
 def build_model(run: Run) -> DPT:

@@ -115,11 +115,14 @@ def depth_loss(
     prediction: inverse depth (B, H, W), floating point, any scale. target: inverse depth, computed with in the prediction's
     precision. mask: bool. alignment: "median" or "least_squares". Returns a scalar, float64 if the prediction is, else float32.
     The batch loss is the mean over all images, those without a valid pixel (which contribute 0) included.
-    Raises ValueError for shapes that differ, a mask that is not bool, an unknown alignment and `kept` outside [0, 1]. A value
-    that is not finite at a valid pixel makes the loss and the gradient at valid pixels NaN: naming it would take a device sync.
+    Raises ValueError for shapes that differ, a mask that is not bool, an unknown alignment, `kept` outside [0, 1] and `scales`
+    outside 0 to 27. A value that is not finite at a valid pixel makes the loss NaN, and the gradient at the valid pixels of its
+    image at least (by torch of every image): naming it would take a device sync.
     """
     if alignment not in ALIGNMENTS:
         raise ValueError(f"unknown alignment {alignment!r}: expected one of {', '.join(ALIGNMENTS)}")
+    if not 0 <= scales <= 27:  # every 2^27-th pixel of an image is its first
+        raise ValueError(f"scales={scales}: expected a whole number from 0 to 27")
     _check_shapes(prediction, target, mask)
     if alignment == "median" and by_kernel("depth_loss", prediction.device.type):
         target = target.detach().to(torch.promote_types(prediction.dtype, torch.float32))

@@ -6,8 +6,8 @@
         gradients.take()
     weights = gradients.combine("mgda")                  # sets .grad; optimizer.step() is next
 
-"mgda" is the shortest vector in the convex hull of the gradients (Sener and Koltun 2018; `min_norm_point`): a
-step against it makes no dataset's loss worse, to first order. "mean" is their mean. Works the same where the model is wrapped by
+"mgda" is the shortest vector in the convex hull of the gradients (Sener and Koltun 2018; `min_norm_point`): a step against it
+makes no dataset's loss worse, to first order. "mean" is their mean. Works the same where the model is wrapped by
 DistributedDataParallel (but not with gradient_as_bucket_view, which writes the next gradient over the last), whose backward pass
 has averaged each gradient over the ranks, and by FSDP2, where each rank holds a shard of each. Memory: n gradients at once.
 """

@@ -5,7 +5,7 @@
 - metrics.csv: one row per report: step, seconds, loss, validation, images_per_second and both learning rates
 - events.out.tfevents.*: the same for TensorBoard
 - learning_curve.png, panels.png
-- snapshots/: the newest two states from which an unfinished run goes on
+- snapshots/: the newest states from which an unfinished run goes on
 - results.json: the comparison; written last, so a folder that has it holds a finished run
 """
 
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on; the message is one sentence."""
+    """A run that cannot go on; the message is one sentence, `status` what the process exits with."""
+
+    status = 1
 
 
 COLUMNS = ("step", "seconds", "loss", "validation", "images_per_second", "backbone_learning_rate", "decoder_learning_rate")
@@ -69,9 +71,14 @@ class RunFolder:
             return None
 
     def refuse_another(self, recipe: Recipe) -> None:
-        """Raise RecipeError where a run of another recipe is here."""
+        """Raise RecipeError where a run of another recipe is here, or the snapshots of one whose recipe is gone."""
         if self.recipe.exists() and not self.holds(recipe):
             raise RecipeError(f"{self.path} holds a run of another recipe: give this one its own --name, or --overwrite true")
+        if not self.recipe.exists() and self.snapshots.steps():
+            raise RecipeError(
+                f"{self.path} holds snapshots of a run, but not its {self.recipe.name}: put that back, give this one its own "
+                "--name, or --overwrite true"
+            )
 
     def start(self, recipe: Recipe) -> None:
         """Make the folder ready for a new run of `recipe`: a run's old files go, any other file stays.
@@ -79,10 +86,10 @@ class RunFolder:
         Raises OSError where it cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        self.snapshots.clear()
         own = (self.results, self.weights, self.recipe, self.metrics, self.curve, self.panels)
         for file in (*own, *self.path.glob("events.out.tfevents.*")):
             file.unlink(missing_ok=True)
-        self.snapshots.clear()
         content = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         self.replace(self.recipe, lambda path: path.write_text(content, encoding="utf-8"))
 

@@ -68,20 +68,27 @@ class Snapshots:
         """
         import torch
 
-        for step, path in self._files():
-            reason = ""
+        files = list(self._files())
+        for k, (step, path) in enumerate(files, start=1):
             try:
                 if _digest(path) == path.stem.rpartition("-")[2]:
                     return Snapshot(step, torch.load(path, map_location="cpu", weights_only=True))
+                reason = "its content is not what its name says"
             except Exception as error:  # whatever a file that is not what we wrote raises
-                reason = f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-            complain(f"{path} is damaged{reason}: an older snapshot is looked for")
+                reason = str(error.strerror) if isinstance(error, OSError) else "it is not what this program writes"
+            then = "an older snapshot is looked for" if k < len(files) else "there is no older snapshot, so the run begins anew"
+            complain(f"{path} is damaged ({reason}): {then}")
         return None
+
+    def steps(self) -> list[int]:
+        """After how many steps the snapshots were taken, the newest first, whether they are whole or not."""
+        return [step for step, _ in self._files()]
 
     def clear(self) -> None:
         """Drop all of them; whatever else is in the folder stays."""
         for _, path in list(self._files()):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(IsADirectoryError):
+                path.unlink(missing_ok=True)
         (self.folder / _PARTIAL).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()

@@ -26,8 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(parse_command_line(sys.argv[1:] if arguments is None else arguments), started)
     except RecipeError as error:
         return _complain(error, 2)
-    except (RunError, OSError, ImportError) as error:
-        return _complain(error, getattr(error, "status", 1))
+    except RunError as error:
+        return _complain(error, error.status)
+    except (OSError, ImportError) as error:
+        return _complain(error, 1)
     except KeyboardInterrupt:
         return _complain("interrupted: the run is not finished, the same command goes on with it", 130)
 

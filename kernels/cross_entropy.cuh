@@ -12,6 +12,7 @@ constexpr int NONE = 0x7fffffff;  // no pixel
 // the sum. double exists on the host alone.
 __device__ inline float exponential(float x) { return __expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
+
 // A logit at one pixel, from its four cells.
 template <typename T, typename A>
 __device__ A interpolate(const T* plane, int width, const Taps<A>& vertical, const Taps<A>& horizontal) {

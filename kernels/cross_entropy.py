@@ -30,7 +30,7 @@ SOURCE = Source(
 BACKWARD = Source("cross_entropy_backward.cu", ("cross_entropy_backward_naive<{}>", "cross_entropy_backward_walking<{}>"))
 
 RUNGS = 2
-# As in cross_entropy.cu.
+# As in cross_entropy.cu and cross_entropy_backward.cu.
 LANES = 32
 TILE_ROWS, TILE_WARPS = 4, 8
 WALK_ROWS, WALK_WARPS, WALK_CLASSES = 8, 4, 4

@@ -1,6 +1,6 @@
 """Every rung of every kernel, forward and backward, on small arrays: one table for schedules, sanitizers and GPUs.
 
-    results = CASES["fusion, rows, rung 2"](np.random.default_rng(0), np.dtype("float32"), lambda array: array)
+    results = CASES["fusion, rung 1"](np.random.default_rng(0), np.dtype("float32"), lambda array: array)
 
 The last argument puts an array in its place: itself for the host, `cupy.asarray` for a GPU. Sizes are multiples of nothing, or of
 16 bytes where a rung has a form of its own for that; there are several images, blocks and tiles, masked pixels, ignored labels.

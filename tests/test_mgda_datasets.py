@@ -16,7 +16,7 @@ from accelerated.losses import depth_loss
 from accelerated.mgda import DatasetGradients, mgda_backward
 from tests.equality import MODEL, assert_same
 from tests.models import model_parameters, small
-from tests.test_resume import ended, in_child
+from tests.processes import ended, in_child
 
 DATASETS, IMAGES = 3, 4  # of each dataset, over all ranks
 

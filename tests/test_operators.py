@@ -262,6 +262,15 @@ def test_what_an_operator_keeps_for_its_gradient_has_none(name):
     assert [result.requires_grad for result in results] == [k < differentiable for k in range(len(results))]
 
 
+def test_least_squares_takes_a_mask_of_bytes():
+    prediction, target, mask = drawn(0, 2, 3, 4, grad=True), drawn(1, 2, 3, 4), marks(2, 2, 3, 4)
+    gradients = []
+    for given in (mask, mask.to(torch.uint8) * 7):
+        scale, shift, _ = DPT_OPERATORS.least_squares(prediction, target, given)
+        gradients += torch.autograd.grad((scale + shift).sum(), prediction)
+    assert torch.equal(*gradients)
+
+
 def test_operators_take_tensors_that_are_not_contiguous():
     q = drawn(0, 2, 9, 3, 8).transpose(1, 2)
     expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
@@ -309,6 +318,17 @@ def test_labels_of_any_integer_type_have_the_same_loss(dtype):
         found = losses.segmentation_loss(logits, None, labels, ignore_index=ignored)
     assert called == {"cross_entropy"}
     torch.testing.assert_close(found, composed, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("place", ["none", "host"])
+@pytest.mark.parametrize("scales", [-1, 28])
+def test_both_ways_refuse_scales_that_no_image_has(place, scales):
+    maps = drawn(0, 1, 4, 4), drawn(1, 1, 4, 4), marks(2, 1, 4, 4)
+    with (
+        accelerated.use_kernels(place),
+        pytest.raises(ValueError, match=f"scales={scales}: expected a whole number from 0 to 27"),
+    ):
+        losses.depth_loss(*maps, scales=scales)
 
 
 # ---- autocast ------------------------------------------------------------------------------------------------------------------

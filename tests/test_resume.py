@@ -8,8 +8,6 @@ import random
 import resource
 import signal
 import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from accelerated.recipe import Recipe
 from accelerated.signals import StopSignal
 from accelerated.snapshots import Snapshots
 from accelerated.tasks import Depth
+from tests.processes import ended, in_child
 from tests.test_train import assert_same_weights, contents, drawn_scenes, run
 
 STEPS = "--steps 12 --validations 3 --smallest_window 0.7"
@@ -29,34 +28,6 @@ KILLS = int(os.environ.get("KILLS", "3"))
 @pytest.fixture(autouse=True)
 def _drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "load_scenes", drawn_scenes)
-
-
-def in_child(work: Callable[[], int]) -> int:
-    """Run `work` in a child of this process, whose exit status it gives; return the child's id."""
-    with warnings.catch_warnings():
-        # Other threads of this process hold no lock of ours: torch runs one thread here, and a child that waits is ended.
-        warnings.filterwarnings("ignore", ".*use of fork.*", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            status = work()
-        finally:
-            os._exit(status)
-    return child
-
-
-def ended(child: int, seconds: float = 180) -> int:
-    """Wait for a child; its exit status, or minus the signal that ended it. One that takes longer is killed, and fails."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    pytest.fail(f"a child took longer than {seconds:g} seconds")
 
 
 # ---- a run ---------------------------------------------------------------------------------------------------------------------
@@ -163,9 +134,54 @@ def test_a_damaged_snapshot_is_passed_over_and_named(tmp_path: Path, capsys: pyt
     snapshots[1].write_bytes(spoilt)
     assert run(tmp_path, STEPS) == 0
     said = capsys.readouterr().out
-    assert f"{snapshots[1]} is damaged: an older snapshot is looked for" in said and "going on after step 6 of 12" in said
+    assert f"{snapshots[1]} is damaged (its content is not what its name says): an older snapshot is looked for" in said
+    assert "going on after step 6 of 12" in said
     assert run(tmp_path, f"{STEPS} --name undisturbed") == 0
     assert_same_weights(tmp_path / "demo", tmp_path / "undisturbed")
+
+
+def test_where_no_snapshot_is_whole_the_run_says_that_it_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half_a_run(tmp_path)
+    for path in (tmp_path / "demo" / "snapshots").iterdir():
+        path.write_bytes(b"")
+    assert run(tmp_path, STEPS) == 0
+    said = capsys.readouterr().out
+    assert "an older snapshot is looked for" in said and "there is no older snapshot, so the run begins anew" in said
+    assert "going on" not in said
+
+
+def test_snapshots_whose_recipe_is_gone_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half_a_run(tmp_path)
+    recipe = tmp_path / "demo" / "recipe.yaml"
+    content, before = recipe.read_text(), contents(tmp_path / "demo" / "snapshots")
+    recipe.unlink()
+    assert run(tmp_path, STEPS) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "demo holds snapshots of a run, but not its recipe.yaml: put that back" in said
+    assert contents(tmp_path / "demo" / "snapshots") == before
+    recipe.write_text(content)
+    assert run(tmp_path, STEPS) == 0
+    assert "going on after step 7 of 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["lacks", "other"])
+def test_a_snapshot_of_another_version_is_refused_and_kept(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half_a_run(tmp_path)
+    snapshots = Snapshots(tmp_path / "demo" / "snapshots")
+    found = snapshots.newest(print)
+    assert found is not None
+    if change == "lacks":
+        del found.state["queue"]
+    else:
+        found.state["model"].popitem()
+    snapshots.save(8, found.state)
+    assert run(tmp_path, STEPS) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "the snapshot of step 8 in" in said and "begin anew with --resume never" in said
+    assert snapshots.steps() == [8, 7]
+    assert run(tmp_path, f"{STEPS} --resume never") == 0
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

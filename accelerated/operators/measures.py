@@ -39,6 +39,7 @@ def _least_squares_saves(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Ten
 def _least_squares_gradients(ctx: Any, dscale: Tensor, dshift: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
     """With x, y centred and V = sum x^2: ds/dp = (y - 2 s x) / V and dt/dp = -mean(p) ds/dp - s / M; 0 where singular."""
     prediction, target, mask, scale, _, singular = ctx.saved_tensors
+    mask = mask.bool()
     count = mask.sum((1, 2), keepdim=True).clamp(min=1)
 
     def centred(d: Tensor) -> tuple[Tensor, Tensor]:

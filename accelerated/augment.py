@@ -56,15 +56,21 @@ def cut(maps: Tensor, windows: Windows) -> Tensor:
     return maps[images[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def jitter_colors(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Change contrast, and brightness per channel, of each image (B, 3, H, W) by factors drawn from [1 - amount, 1 + amount].
+def color_factors(count: int, amount: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw from [1 - amount, 1 + amount], for `count` images, the factors of brightness per channel and of contrast.
+
+    Returns (count, 3, 1, 1) and (count, 1, 1, 1), on the CPU, for `jitter_colors`.
+    """
+    brightness, contrast = (1 + amount * (2 * torch.rand(count, channels, 1, 1, generator=generator) - 1) for channels in (3, 1))
+    return brightness, contrast
+
+
+def jitter_colors(image: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
+    """Change contrast, and brightness per channel, of each image (B, 3, H, W) by the factors of `color_factors`.
 
     Contrast is the distance from the image's mean. The result is not clipped to [0, 1], so no structure is lost.
     """
-    brightness, contrast = (
-        (1 + amount * (2 * torch.rand(len(image), channels, 1, 1, generator=generator) - 1)).to(image.device, image.dtype)
-        for channels in (3, 1)
-    )
+    brightness, contrast = (factor.to(image.device, image.dtype) for factor in (brightness, contrast))
     mean = image.mean(dim=(1, 2, 3), keepdim=True)
     return (contrast * (image - mean) + mean) * brightness
 

@@ -28,9 +28,11 @@ def choose_device(threads: int = 0) -> Device:
     """Return the GPU where there is one, in bfloat16; else the CPU, in bfloat16 only where it multiplies that natively.
 
     A CPU without such instructions emulates bfloat16, slower than float32. `threads` is how many CPU threads torch shall use
-    from now on; 0 means one per core that this process may use, whatever OMP_NUM_THREADS says.
+    from now on; 0 means one per core that this process may use, shared among the processes that torchrun has started here,
+    whatever OMP_NUM_THREADS says.
     """
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(cores, 1))
     if torch.cuda.is_available():
         device = torch.device("cuda")
         return Device(device, torch.bfloat16, f"{torch.cuda.get_device_name(device)}, bfloat16 autocast")

@@ -13,20 +13,23 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from accelerated.augment import cut, jitter_colors, normalize, random_windows
+from accelerated.augment import Windows, color_factors, cut, jitter_colors, normalize, random_windows
 from accelerated.comparison import compare
 from accelerated.data.scenes import HELD_OUT_SEED, TRAIN_SEED, load_scenes
 from accelerated.device import Device, choose_device, keep_freed_memory
 from accelerated.dpt import DPT
 from accelerated.optim import parameter_groups
 from accelerated.panels import learning_curve
+from accelerated.parallel import World
 from accelerated.progress import TrainingProgress
 from accelerated.recipe import Recipe, RecipeError
 from accelerated.run_folder import Log, RunError, RunFolder
@@ -53,6 +56,7 @@ class Run(NamedTuple):
     task: Task
     device: Device
     folder: RunFolder
+    world: World
 
 
 class Stopped(RunError):
@@ -76,16 +80,30 @@ def train(
     keeps the weights from before that step), OSError for files that cannot be written.
     """
     keep_freed_memory()
-    run = Run(recipe, TASKS[recipe.task](recipe), choose_device(threads), folder)
+    device = choose_device(threads)
+    with World(device.device) as world:
+        return carry_out(Run(recipe, TASKS[recipe.task](recipe), device, folder, world), cache, resume, snapshot_seconds)
+
+
+def carry_out(run: Run, cache: Path, resume: bool, snapshot_seconds: float) -> dict[str, Any]:
+    """Do what `train` promises, in the processes of `run.world`, of which the first writes the folder."""
+    recipe, folder, world = run.recipe, run.folder, run.world
+    for key in ("batch_size", "validation_scenes", "held_out_scenes"):
+        if (count := getattr(recipe, key)) < world.size:
+            raise RecipeError(f"{key} = {count} does not fit {world.size} processes: expected at least one scene each")
     torch.manual_seed(recipe.seed)
     model = build_model(run)
-    snapshot = folder.snapshots.newest(lambda words: print(f"warning: {words}")) if resume and folder.holds(recipe) else None
-    if snapshot is None:
-        folder.start(recipe)
+    snapshot = None
+    if world.first:
+        if resume and folder.holds(recipe):
+            snapshot = folder.snapshots.newest(lambda words: print(f"warning: {words}"))
+        if snapshot is None:
+            folder.start(recipe)
+    snapshot = world.from_first(snapshot)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{recipe.task}: {recipe.model}, {parameters / 1e6:.1f} M parameters; {run.device.words}; into {folder.path}", flush=True
-    )
+    if world.first:
+        where = run.device.words if world.size == 1 else f"{world.size} processes, each {run.device.words}"
+        print(f"{recipe.task}: {recipe.model}, {parameters / 1e6:.1f} M parameters; {where}; into {folder.path}", flush=True)
 
     training, validation, held_out = load_splits(run, cache)
     average, rows = optimize(run, model, training, validation, snapshot, snapshot_seconds)
@@ -93,13 +111,15 @@ def train(
     exactly = run._replace(device=run.device._replace(dtype=torch.float32))
     prediction = predict(exactly, average, held_out.image)
     comparison = compare(run.task, recipe, prediction, held_out.target.cpu(), training.target.cpu())
-    folder.save_weights(average)
-    first = (held_out.image[:PANELS], held_out.target[:PANELS], prediction[:PANELS])
-    folder.save_figure(folder.panels, run.task.panels(*(tensor.cpu().numpy() for tensor in first)))
-    folder.save_figure(folder.curve, learning_curve(rows, comparison.metric, comparison.others))
     results = {**comparison.as_dict(), "parameters": parameters, "device": run.device.words, "torch": torch.__version__}
-    folder.write_results(results)
-    folder.snapshots.clear()
+    if world.first:
+        folder.save_weights(average)
+        first = (held_out.image[:PANELS], held_out.target[:PANELS], prediction[:PANELS])
+        folder.save_figure(folder.panels, run.task.panels(*(tensor.cpu().numpy() for tensor in first)))
+        folder.save_figure(folder.curve, learning_curve(rows, comparison.metric, comparison.others))
+        folder.write_results(results)
+        folder.snapshots.clear()
+    world.from_first(None)  # nobody leaves before the folder is complete
     return results
 
 
@@ -112,6 +132,7 @@ class Training:
     def __init__(self, run: Run, model: DPT, scenes: Scenes) -> None:
         recipe = run.recipe
         self.run, self.model, self.scenes = run, model, scenes
+        self.replica = run.world.replicated(model)
         self.optimizer = make_optimizer(model, recipe)
         self.schedule = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, recipe))
         self.average = copy.deepcopy(model).requires_grad_(False)
@@ -125,17 +146,15 @@ class Training:
         Raises RunError, with nothing changed, where the loss or its gradient is not finite.
         """
         run, recipe = self.run, self.run.recipe
+        torch.manual_seed(dropout_seed(recipe.seed, step, run.world.rank))
         indices = next(self.order)
-        image, target = augmented(self.scenes, indices, crop_at(step - 1, recipe), self.model, recipe, self.generator)
-        with run.device.autocast():
-            output = self.model(image)
-        loss = run.task.loss(output, target, (step - 1) / recipe.steps)
+        image, target = self.augmented(indices, crop_at(step - 1, recipe))
         self.optimizer.zero_grad()
-        loss.backward()
+        value = self.backward(image, target, (step - 1) / recipe.steps)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
-        value = loss.item()
         if not math.isfinite(value) or not math.isfinite(norm.item()):
-            run.folder.save_weights(self.average)
+            if run.world.first:
+                run.folder.save_weights(self.average)
             raise RunError(
                 f"stopped at step {step}: the loss is {value:g} and the norm of its gradient {norm.item():g}, on "
                 f"training scenes {indices.tolist()}; {run.folder.weights} holds the weights from before that step"
@@ -145,6 +164,42 @@ class Training:
         move_average(self._averaged, self._current, step, recipe.average_decay)
         return value
 
+    def augmented(self, indices: Tensor, crop: int) -> tuple[Tensor, Tensor]:
+        """Return this process's share of a batch: image (b, 3, crop, crop) normalised, target (b, crop, crop).
+
+        Every process draws the random numbers of the whole batch, so a scene is cut alike however many there are.
+        """
+        recipe, config, share = self.run.recipe, self.model.config, self.run.world.share
+        _, height, width = self.scenes.target.shape
+        drawn = random_windows(indices, (height, width), crop, recipe.smallest_window, recipe.flip, self.generator)
+        brightness, contrast = (share(factor) for factor in color_factors(len(indices), recipe.color_jitter, self.generator))
+        windows = Windows(*(share(part) for part in drawn))
+        image = cut(self.scenes.image, windows).permute(0, 3, 1, 2).to(torch.get_default_dtype()) / 255
+        image = jitter_colors(image, brightness, contrast)
+        return normalize(image, config["image_mean"], config["image_std"]), cut(self.scenes.target, windows)
+
+    def backward(self, image: Tensor, target: Tensor, progress: float) -> float:
+        """Add the gradient of the whole batch's loss to every .grad; return that loss. This process holds a share of the batch.
+
+        What the loss is divided by, images or labelled pixels, is counted over all processes and all parts of `accumulation`.
+        """
+        world, task = self.run.world, self.run.task
+        parts = list(
+            zip(*(tensor.split(-(-len(image) // self.run.recipe.accumulation)) for tensor in (image, target)), strict=True)
+        )
+        total = world.sum(task.count(target).double()).clamp(min=1)
+        loss = torch.zeros((), dtype=torch.float64, device=image.device)
+        for k, (images, targets) in enumerate(parts, start=1):
+            last = k == len(parts)  # only then do the processes exchange gradients
+            with self.replica.no_sync() if isinstance(self.replica, DistributedDataParallel) and not last else nullcontext():
+                with self.run.device.autocast():
+                    output = self.replica(images)
+                mean = task.loss(output, targets, progress, world.total)
+                share = (task.count(targets) / total).to(mean.dtype)
+                (mean * (share * world.size)).backward()  # DistributedDataParallel takes the mean of the gradients
+            loss += mean.detach() * share
+        return world.sum(loss).item()
+
     def state(self) -> dict[str, Any]:
         """Return tensors and plain data alone, for a snapshot."""
         return {
@@ -153,7 +208,6 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "generator": self.generator.get_state(),
-            "torch": torch.get_rng_state(),
             "queue": self.order.queue,
         }
 
@@ -164,7 +218,6 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch"])
         self.order.queue = state["queue"]
 
 
@@ -185,11 +238,12 @@ def optimize(
     begun, losses, rows, seconds = resumed(training, snapshot)
     last = saved = time.monotonic()
     started = last - seconds
-    with (
-        Log(run.folder, rows, begun) as log,
-        TrainingProgress(recipe.steps, task.metric, begun) as progress,
-        StopSignal() as stop,
-    ):
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        if run.world.first:
+            log = stack.enter_context(Log(run.folder, rows, begun))
+            progress = stack.enter_context(TrainingProgress(recipe.steps, task.metric, begun))
+            rows = log.rows
         for step in range(begun + 1, recipe.steps + 1):
             losses.append(training.step(step))
             validates = is_mark(step, recipe.steps, recipe.validations)
@@ -200,18 +254,22 @@ def optimize(
                 if validates:
                     seen = scaled(validation, crop_at(step - 1, recipe))
                     score = task.score(predict(run, training.average, seen.image), seen.target.cpu())
-                    run.folder.save_weights(training.average)
                 backbone_rate, decoder_rate = (float(group["lr"]) for group in training.optimizer.param_groups)
-                log.row(step, now - started, mean_loss, score, images_per_second, backbone_rate, decoder_rate)
-                progress.update(step, mean_loss, score, images_per_second)
+                if run.world.first:
+                    if validates:
+                        run.folder.save_weights(training.average)
+                    log.row(step, now - started, mean_loss, score, images_per_second, backbone_rate, decoder_rate)
+                    progress.update(step, mean_loss, score, images_per_second)
                 losses, last = [], time.monotonic()
-            if stop.received or step == recipe.steps or time.monotonic() - saved >= snapshot_seconds:
-                shown = {"losses": losses, "rows": log.rows, "seconds": time.monotonic() - started}
+            received = run.world.largest(stop.received or 0)
+            due = received or step == recipe.steps or time.monotonic() - saved >= snapshot_seconds
+            if due and run.world.first:
+                shown = {"losses": losses, "rows": rows, "seconds": time.monotonic() - started}
                 run.folder.snapshots.save(step, training.state() | shown)
                 saved = time.monotonic()
-            if stop.received:
-                raise Stopped(step, recipe.steps, stop.received)
-    return training.average, log.rows
+            if received:
+                raise Stopped(step, recipe.steps, signal.Signals(received))
+    return training.average, rows
 
 
 def resumed(training: Training, snapshot: Snapshot | None) -> tuple[int, list[float], list[dict[str, float]], float]:
@@ -228,7 +286,8 @@ def resumed(training: Training, snapshot: Snapshot | None) -> tuple[int, list[fl
             f"the snapshot of step {step} in {training.run.folder.snapshots.folder} was taken by another version of this program "
             f"({type(error).__name__}: {reason}): go on with that version, or begin anew with --resume never"
         ) from error
-    print(f"going on after step {step} of {training.run.recipe.steps}", flush=True)
+    if training.run.world.first:
+        print(f"going on after step {step} of {training.run.recipe.steps}", flush=True)
     return step, *shown
 
 
@@ -251,18 +310,25 @@ def build_model(run: Run) -> DPT:
             )
     model.to(run.device.device)
     model.to(memory_format=torch.channels_last)
+    if run.world.size > 1 and run.device.device.type == "cuda":  # PyTorch has it for GPUs alone
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
 
 
 def load_splits(run: Run, cache: Path) -> tuple[Scenes, Scenes, Scenes]:
     """Render or reuse the scenes: those learnt from, those of the same seed that validate, and the held-out ones.
 
-    They are copied out of the cache's files, which are mapped: a file that vanishes during the run must not end it.
+    They are copied out of the cache's files, which are mapped: a file that vanishes during the run must not end it. What has to
+    be rendered, the first process renders.
     """
     recipe, task, device = run.recipe, run.task, run.device.device
+    if not run.world.first:
+        run.world.from_first(None)
     count = recipe.training_scenes
     seen = load_scenes(TRAIN_SEED, count + recipe.validation_scenes, size=recipe.size, cache=cache)
     unseen = load_scenes(HELD_OUT_SEED, recipe.held_out_scenes, size=recipe.size, cache=cache)
+    if run.world.first:
+        run.world.from_first(None)
     image, target = torch.tensor(seen.image, device=device), task.targets(seen).to(device)
     held_out = Scenes(torch.tensor(unseen.image, device=device), task.targets(unseen).to(device))
     return Scenes(image[:count], target[:count]), Scenes(image[count:], target[count:]), held_out
@@ -321,15 +387,9 @@ def scaled(scenes: Scenes, side: int) -> Scenes:
     return Scenes(cut(scenes.image, windows), cut(scenes.target, windows))
 
 
-def augmented(
-    scenes: Scenes, indices: Tensor, crop: int, model: DPT, recipe: Recipe, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return a batch as the model reads it: image (B, 3, crop, crop) float32 normalised, target (B, crop, crop)."""
-    _, height, width = scenes.target.shape
-    windows = random_windows(indices, (height, width), crop, recipe.smallest_window, recipe.flip, generator)
-    image = cut(scenes.image, windows).permute(0, 3, 1, 2).float() / 255
-    image = jitter_colors(image, recipe.color_jitter, generator)
-    return normalize(image, model.config["image_mean"], model.config["image_std"]), cut(scenes.target, windows)
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """What torch's own generator is seeded with before a step, so that dropout depends on nothing that came before it."""
+    return ((seed * 2**32 + step) * 2**16 + rank) % 2**63
 
 
 def is_mark(step: int, steps: int, marks: int) -> bool:
@@ -340,13 +400,17 @@ def is_mark(step: int, steps: int, marks: int) -> bool:
 
 @torch.inference_mode()
 def predict(run: Run, model: DPT, image: Tensor) -> Tensor:
-    """Return the task's predictions (N, H, W), on the CPU, for images (N, H, W, 3) uint8; the model's mode is kept."""
+    """Return the task's predictions (N, H, W), on the CPU, for images (N, H, W, 3) uint8; the model's mode is kept.
+
+    Each process predicts its share; all get all.
+    """
     training = model.training
     model.eval()
     parts = []
-    for chunk in image.split(CHUNK):
-        batch = normalize(chunk.permute(0, 3, 1, 2).float() / 255, model.config["image_mean"], model.config["image_std"])
+    mean, std = model.config["image_mean"], model.config["image_std"]
+    for chunk in run.world.share(image).split(CHUNK):
+        batch = normalize(chunk.permute(0, 3, 1, 2).to(torch.get_default_dtype()) / 255, mean, std)
         with run.device.autocast():
             parts.append(run.task.prediction(model(batch)).cpu())
     model.train(training)
-    return torch.cat(parts)
+    return run.world.joined(torch.cat(parts), len(image))

@@ -178,20 +178,23 @@ ANCHOR = 3.0
 """Where `anchor_loss` wants the median, with a deviation of 1: the farthest pixels then lie above zero too."""
 
 
-def anchor_loss(prediction: Tensor, mask: Tensor) -> Tensor:
+def anchor_loss(prediction: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
     """(log S)^2 + (T - 3)^2, T and S the batch's mean median and mean deviation: 0 where S = 1 and T = 3.
 
     Not a loss of the paper, whose loss is blind to the scale and shift of a prediction, as `correlation_loss` is: from random
     weights both drift, by many orders of magnitude, until what depends on the image is lost in rounding. This holds them in
     place and asks nothing else. prediction (B, H, W), mask bool (B, H, W); T and S are averaged over the images with a valid
-    pixel, the loss is 0 where there is none. Returns a scalar; dtypes, errors and NaN as in `depth_loss`.
+    pixel, the loss is 0 where there is none. `total` adds up, differentiably, what several processes hold of the batch. Returns
+    a scalar; dtypes, errors and NaN as in `depth_loss`.
     """
     _check_shapes(prediction, prediction, mask)
     median, deviation = median_and_deviation(prediction, mask)
     known = mask.any(2).any(1)[:, None, None]
-    images, some = known.sum().clamp(min=1), known.any()
-    t = torch.where(known, median, 0.0).sum() / images
-    s = torch.where(some, torch.where(known, deviation, 0.0).sum() / images, 1.0)
+    medians, deviations = torch.where(known, median, 0.0).sum(), torch.where(known, deviation, 0.0).sum()
+    medians, deviations, images = total(torch.stack([medians, deviations, known.sum().to(median.dtype)]))
+    some = images > 0
+    t = medians / images.clamp(min=1)
+    s = torch.where(some, deviations / images.clamp(min=1), 1.0)
     return torch.where(some, s.log() ** 2 + (t - ANCHOR) ** 2, 0.0) * _nan_unless_finite(prediction.where(mask, 0.0), t)
 
 

@@ -65,6 +65,9 @@ class Recipe(BaseModel):
     color_jitter: float = Field(0.2, ge=0, lt=1, description="largest relative change of contrast and of each channel, at random")
 
     batch_size: PositiveInt = Field(16, description="scenes per step")
+    accumulation: PositiveInt = Field(
+        1, description="parts, one after another, in which each process takes its share of a batch: less memory, the same step"
+    )
     steps: PositiveInt = Field(10200, description="optimiser steps")
     backbone_learning_rate: float = Field(1.5e-3, gt=0, description="AdamW's learning rate for the backbone, at its highest")
     decoder_learning_rate: float = Field(1.5e-3, gt=0, description="AdamW's learning rate for everything else, at its highest")
@@ -107,6 +110,15 @@ class Recipe(BaseModel):
         gt=0,
         description="depth: held-out AbsRel promised to be at most this times that of the same model shown other scenes' images",
     )
+
+    @model_validator(mode="after")
+    def _whole_batches_for_the_anchor(self) -> Self:
+        if self.task == "depth" and self.anchor and self.accumulation > 1:
+            raise ValueError(
+                f"accumulation = {self.accumulation} does not fit anchor = {self.anchor:g}, which is measured on all images of a "
+                "step at once: expected accumulation = 1 or anchor = 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_share_per_crop(self) -> Self:

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from accelerated.recipe import Recipe
 
 
+Total = Callable[[Tensor], Tensor]
+
+
+def itself(sums: Tensor) -> Tensor:
+    """The sums over all processes, where there is one."""
+    return sums
+
+
 class Task(Protocol):
     """What the training loop asks of a task."""
 
@@ -37,8 +45,14 @@ class Task(Protocol):
     def targets(self, scenes: SceneArrays) -> Tensor:
         """Return what the model should learn from `scenes`, (N, H, W)."""
 
-    def loss(self, output: Tensor | Segmentation, target: Tensor, progress: float) -> Tensor:
-        """Return a scalar to minimise; `progress` is the share of the steps already made."""
+    def loss(self, output: Tensor | Segmentation, target: Tensor, progress: float, total: Total = itself) -> Tensor:
+        """Return a scalar to minimise; `progress` is the share of the steps already made.
+
+        `total` adds up what several processes hold of the batch, for what is no mean over `count`.
+        """
+
+    def count(self, target: Tensor) -> Tensor:
+        """Return the scalar by which `loss` divides for these targets (B, H, W): what it is a mean over."""
 
     def prediction(self, output: Tensor | Segmentation) -> Tensor:
         """Return (B, H, W) from what the model returns in evaluation."""
@@ -71,7 +85,7 @@ class Depth:
     def targets(self, scenes: SceneArrays) -> Tensor:
         return torch.tensor(scenes.depth)
 
-    def loss(self, output: Tensor | Segmentation, target: Tensor, progress: float) -> Tensor:
+    def loss(self, output: Tensor | Segmentation, target: Tensor, progress: float, total: Total = itself) -> Tensor:
         """The correlation's loss, which blends into the paper's, at first untrimmed.
 
         From random weights, the paper's loss alone may never leave the image-independent solution: it grows the prediction's
@@ -82,12 +96,16 @@ class Depth:
         begun = (progress - recipe.correlation) / recipe.correlation if recipe.correlation else 1.0
         paper = min(max(begun, 0.0), 1.0)
         kept = 1.0 if progress < recipe.untrimmed else recipe.kept
-        loss = recipe.anchor * anchor_loss(output, known)
+        loss = recipe.anchor * anchor_loss(output, known, total) if recipe.anchor else output.new_zeros(())
         if paper < 1:
             loss = loss + (1 - paper) * correlation_loss(output, inverse, known)
         if paper > 0:
             loss = loss + paper * depth_loss(output, inverse, known, kept=kept, gradient_weight=recipe.gradient_weight)
         return loss
+
+    def count(self, target: Tensor) -> Tensor:
+        """All images, those without known depth included."""
+        return torch.tensor(len(target), device=target.device)
 
     def prediction(self, output: Tensor | Segmentation) -> Tensor:
         assert isinstance(output, Tensor)
@@ -123,9 +141,13 @@ class Segment:
     def targets(self, scenes: SceneArrays) -> Tensor:
         return torch.tensor(scenes.label)
 
-    def loss(self, output: Tensor | Segmentation, target: Tensor, progress: float) -> Tensor:
+    def loss(self, output: Tensor | Segmentation, target: Tensor, progress: float, total: Total = itself) -> Tensor:
         assert not isinstance(output, Tensor)
         return segmentation_loss(output.logits, output.auxiliary, target, self.recipe.auxiliary_weight)
+
+    def count(self, target: Tensor) -> Tensor:
+        """The labelled pixels."""
+        return (target != 255).sum()
 
     def prediction(self, output: Tensor | Segmentation) -> Tensor:
         assert not isinstance(output, Tensor)

@@ -1,7 +1,8 @@
 """Train a DPT: `python -m accelerated.train [RECIPE] [--key value ...]`; without arguments, the recipe `demo`.
 
-`--help` lists every key. A run that is finished already is not repeated. What a run leaves behind is said in
-`accelerated.run_folder`, what it does in `accelerated.engine`.
+`torchrun --nproc-per-node N -m accelerated.train ...` does it in N processes, each with a share of every batch. `--help` lists
+every key. A run that is finished already is not repeated. What a run leaves behind is said in `accelerated.run_folder`, what it
+does in `accelerated.engine`.
 
 Exit status: 0 when the run is finished and kept the recipe's promises, 3 when it is finished and did not, 2 for a command line
 or recipe that cannot be used, 1 for a run that could not go on, 130 when interrupted, 143 when terminated: the same command then
@@ -10,6 +11,7 @@ goes on where the run was.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -45,10 +47,12 @@ def run(command: CommandLine, started: float) -> int:
 
         resume = command.resume == "auto" and not command.overwrite
         results = train(recipe, folder, command.cache, command.threads, resume, command.snapshot_seconds)
-        print(f"finished in {(time.monotonic() - started) / 60:.1f} minutes, rendering included: {folder.path}")
+        words = f"finished in {(time.monotonic() - started) / 60:.1f} minutes, rendering included: {folder.path}"
     else:
-        print(f"{folder.path} holds a finished run of this recipe, which is not repeated (--overwrite true would)")
-    print(table(results))
+        words = f"{folder.path} holds a finished run of this recipe, which is not repeated (--overwrite true would)"
+    if speaks():
+        print(words)
+        print(table(results))
     return 0 if results["met"] else 3
 
 
@@ -64,8 +68,14 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _complain(error: object, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+def speaks() -> bool:
+    """Whether this process is the one of several, as torchrun numbers them, that says what all know."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _complain(error: Exception | str, status: int) -> int:
+    if speaks() or isinstance(error, (OSError, ImportError)):  # these may be one process's own
+        print(f"error: {error}", file=sys.stderr)
     return status
 
 

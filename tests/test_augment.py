@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accelerated.augment import Windows, cut, jitter_colors, normalize, random_windows
+from accelerated.augment import Windows, color_factors, cut, jitter_colors, normalize, random_windows
 from tests.equality import assert_same
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -96,7 +96,7 @@ def test_color_jitter_is_one_contrast_per_image_and_one_brightness_per_channel(a
     generator = torch.Generator().manual_seed(seed)
     image = torch.rand(3, 3, 4, 5, generator=generator, dtype=torch.float64)
     image -= image.mean(dim=(2, 3), keepdim=True) - 0.5  # every channel's mean is the image's: contrast leaves it alone
-    jittered = jitter_colors(image, amount, generator)
+    jittered = jitter_colors(image, *color_factors(len(image), amount, generator))
     brightness = jittered.mean(dim=(2, 3)) / 0.5
     contrast = (jittered.std(dim=(2, 3)) / image.std(dim=(2, 3))) / brightness
     assert_same(contrast.numpy(), contrast[:, :1].expand(-1, 3).numpy(), rtol=1e-9)

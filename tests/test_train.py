@@ -19,6 +19,7 @@ from PIL import Image
 import accelerated
 from accelerated import engine
 from accelerated.data.scenes import CLASSES, SceneArrays, load_scenes
+from accelerated.parallel import World
 from accelerated.recipe import Recipe
 from accelerated.run_folder import COLUMNS, RunFolder
 from accelerated.tasks import Depth, Segment
@@ -99,7 +100,7 @@ def test_a_run_leaves_everything_and_the_same_again(task: str, tmp_path: Path) -
     held_out = drawn_scenes(engine.HELD_OUT_SEED, 3, 32, tmp_path)
     job = {"depth": Depth, "segmentation": Segment}[task](recipe)
     cpu = engine.Device(torch.device("cpu"), torch.float32, "")
-    whole = engine.Run(recipe, job, cpu, RunFolder(tmp_path))
+    whole = engine.Run(recipe, job, cpu, RunFolder(tmp_path), World(cpu.device))
     again = job.score(engine.predict(whole, model, torch.tensor(held_out.image)), job.targets(held_out))
     assert results["model"] == pytest.approx(again, rel=1e-5), "the saved weights are not those that were judged"
 
@@ -186,6 +187,7 @@ def test_a_run_that_is_interrupted_before_its_first_snapshot_begins_anew(
         ("--crops 32,40 --crop_shares 1,1", 2, "crops = 40"),  # a list that is given twice is one list
         ("--crops 16 --crop_shares 1", 2, "crops = 16"),
         ("--crops 32", 2, "crop_shares has 2 numbers for 3 crops"),
+        ("--accumulation 2", 2, "accumulation = 2 does not fit anchor = 0.1"),
         ("--size 40", 2, "size = 40"),
         ("--runs /dev/null/runs", 1, "/dev/null/runs"),
     ],

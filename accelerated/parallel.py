@@ -10,6 +10,7 @@ started without torchrun is a world of its own, in which nothing here communicat
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -90,4 +91,6 @@ class World:
         """`model` as it is to be called in training: its gradients are then the mean of everybody's, its weights the first's."""
         if self.size == 1:
             return model
+        # A 1x1 convolution's weight is channels last and first at once, and its gradient may be the other: it is copied.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         return DistributedDataParallel(model)
